@@ -1,0 +1,95 @@
+package v1alpha1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// Condition types of a VFNode, written by its agent.
+const (
+	// ConditionReady is True while the agent can serve migrations. An agent
+	// that died cannot say so: its lease tells.
+	ConditionReady = "Ready"
+)
+
+// VFNodeSpec is empty: a VFNode only reports.
+type VFNodeSpec struct{}
+
+// VFNodeStatus is what the node's agent found on it.
+type VFNodeStatus struct {
+	// Conditions are documented at the constants of their types.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	// +kubebuilder:validation:MaxItems=8
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+
+	// PeerAddress is where the agent listens for other agents, host:port.
+	// +optional
+	// +kubebuilder:validation:MaxLength=300
+	PeerAddress string `json:"peerAddress,omitempty"`
+
+	// AgentVersion is the agent's build version.
+	// +optional
+	AgentVersion string `json:"agentVersion,omitempty"`
+
+	// PFs are the physical functions that have VFs.
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=64
+	PFs []PFStatus `json:"pfs,omitempty"`
+}
+
+// PFStatus is one physical function.
+type PFStatus struct {
+	// Name is the network interface's name.
+	Name string `json:"name"`
+	// Backend is "model" or "vfio".
+	Backend string `json:"backend"`
+	// VFs are its virtual functions.
+	// +optional
+	// +listType=map
+	// +listMapKey=address
+	// +kubebuilder:validation:MaxItems=256
+	VFs []VFStatus `json:"vfs,omitempty"`
+}
+
+// VFStatus is one virtual function.
+type VFStatus struct {
+	// Address is the PCI address.
+	Address string `json:"address"`
+	// DeviceID is vendor:device in hexadecimal, such as 8086:10ed.
+	DeviceID string `json:"deviceID"`
+	// Holder is the pod that the VF is leased to, namespace/name; empty when free.
+	// +optional
+	Holder string `json:"holder,omitempty"`
+	// Epoch is the fencing epoch of the VF's lease.
+	// +optional
+	Epoch int64 `json:"epoch,omitempty"`
+}
+
+// VFNode is a node's inventory of VFs, written by its agent alone. Its name
+// is the node's.
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=vfn,categories=compsc
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="PFs",type=string,JSONPath=`.status.pfs[*].name`
+// +kubebuilder:printcolumn:name="Peer",type=string,JSONPath=`.status.peerAddress`
+// +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.agentVersion`,priority=10
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type VFNode struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// +optional
+	Spec   VFNodeSpec   `json:"spec,omitempty"`
+	Status VFNodeStatus `json:"status,omitempty"`
+}
+
+// VFNodeList is a list of VFNodes.
+// +kubebuilder:object:root=true
+type VFNodeList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+
+	Items []VFNode `json:"items"`
+}
