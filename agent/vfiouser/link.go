@@ -1,0 +1,327 @@
+package vfiouser
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// writeTimeout bounds the sending of one message: a peer that does not read for
+// so long loses its connection.
+const writeTimeout = 10 * time.Second
+
+// postedID marks the ids of commands that want no reply. QEMU still answers a
+// NO_REPLY DMA_WRITE that failed, and the mark tells such a reply from a late
+// one to a request that was given up.
+const postedID uint16 = 1 << 15
+
+// message is one received message. The body is valid until the next is read.
+type message struct {
+	header
+	body []byte
+	fds  []int // owned by the message; -1 where taken
+}
+
+// takeFD passes descriptor i to the caller.
+func (m *message) takeFD(i int) int {
+	fd := m.fds[i]
+	m.fds[i] = -1
+	return fd
+}
+
+// closeFDs closes the descriptors that nobody took.
+func (m *message) closeFDs() {
+	for _, fd := range m.fds {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	m.fds = nil
+}
+
+// link is one connection, seen from either side: framing, descriptor passing,
+// and the matching of own requests with their replies. One goroutine calls run;
+// everything else may be called by any number of goroutines.
+type link struct {
+	conn *net.UnixConn
+	rbuf []byte // body of the message being handled, reader goroutine only
+	oob  []byte // reader goroutine only
+
+	wmu          sync.Mutex
+	wbuf         []byte
+	writeTimeout time.Duration
+
+	pmu     sync.Mutex
+	pending map[uint16]chan reply // nil once the link failed
+	lastID  uint16
+	posted  uint16
+	postErr error // first error reply to a posted command since takePostErr
+	done    chan struct{}
+}
+
+type reply struct {
+	body []byte
+	err  error
+}
+
+func newLink(c *net.UnixConn) *link {
+	return &link{
+		conn:         c,
+		oob:          make([]byte, unix.CmsgSpace(4*maxFDs)),
+		writeTimeout: writeTimeout,
+		pending:      map[uint16]chan reply{},
+		done:         make(chan struct{}),
+	}
+}
+
+// run reads messages until the connection ends or handle fails, and passes the
+// commands among them to handle. It returns nil when the peer closed the
+// connection between two messages. All pending requests have then failed.
+func (l *link) run(handle func(*message) error) error {
+	defer l.fail()
+	for {
+		m, err := l.read()
+		if err == nil {
+			if m.isReply() {
+				l.deliver(m)
+			} else {
+				err = handle(m)
+			}
+			m.closeFDs()
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// fail closes the connection and lets all pending requests fail.
+func (l *link) fail() {
+	l.conn.Close()
+	l.pmu.Lock()
+	defer l.pmu.Unlock()
+	if l.pending != nil {
+		l.pending = nil
+		close(l.done)
+	}
+}
+
+// read returns the next message; io.EOF only at a message boundary.
+func (l *link) read() (*message, error) {
+	m := &message{}
+	var hdr [headerSize]byte
+	err := l.readFull(m, hdr[:])
+	if err == nil {
+		m.header, err = parseHeader(hdr[:])
+	}
+	if err == nil && m.size > headerSize {
+		n := int(m.size) - headerSize
+		if cap(l.rbuf) < n {
+			l.rbuf = make([]byte, n)
+		}
+		m.body = l.rbuf[:n]
+		if err = l.readFull(m, m.body); errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+	}
+	if err != nil {
+		m.closeFDs()
+		return nil, err
+	}
+	return m, nil
+}
+
+// readFull fills p, which never reaches beyond one message, so that descriptors
+// are found with the message they belong to.
+func (l *link) readFull(m *message, p []byte) error {
+	for got := 0; got < len(p); {
+		n, oobn, flags, _, err := l.conn.ReadMsgUnix(p[got:], l.oob)
+		if oobn > 0 {
+			if e := m.addFDs(l.oob[:oobn]); err == nil {
+				err = e
+			}
+		}
+		if err == nil && flags&unix.MSG_CTRUNC != 0 {
+			err = fmt.Errorf("%w: more than %d descriptors in one message", ErrProtocol, maxFDs)
+		}
+		if err == nil && n == 0 {
+			err = io.EOF
+		}
+		if errors.Is(err, io.EOF) && got > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+		got += n
+	}
+	return nil
+}
+
+// addFDs takes the descriptors out of control data.
+func (m *message) addFDs(oob []byte) error {
+	scms, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return fmt.Errorf("%w: control data: %w", ErrProtocol, err)
+	}
+	for _, scm := range scms {
+		if scm.Header.Level != unix.SOL_SOCKET || scm.Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		fds, err := unix.ParseUnixRights(&scm)
+		if err != nil {
+			return fmt.Errorf("%w: control data: %w", ErrProtocol, err)
+		}
+		m.fds = append(m.fds, fds...)
+	}
+	if len(m.fds) > maxFDs {
+		return fmt.Errorf("%w: more than %d descriptors in one message", ErrProtocol, maxFDs)
+	}
+	return nil
+}
+
+// send writes one message, whose size it fills in. The descriptors stay the
+// caller's. QEMU reads a header with one call and gives up when it gets a part:
+// so header and body leave in one write.
+func (l *link) send(h header, body []byte, fds ...int) error {
+	l.wmu.Lock()
+	defer l.wmu.Unlock()
+	h.size = uint32(headerSize + len(body))
+	if cap(l.wbuf) < int(h.size) {
+		l.wbuf = make([]byte, h.size)
+	}
+	b := l.wbuf[:h.size]
+	h.put(b)
+	copy(b[headerSize:], body)
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	err := l.conn.SetWriteDeadline(time.Now().Add(l.writeTimeout))
+	for first := true; err == nil && (first || len(b) > 0); first = false {
+		var n int
+		if n, _, err = l.conn.WriteMsgUnix(b, oob, nil); err == nil {
+			b, oob = b[n:], nil
+		}
+	}
+	if err != nil {
+		l.conn.Close() // the stream may end within a message
+		return fmt.Errorf("%w: sending: %w", ErrNotConnected, err)
+	}
+	return nil
+}
+
+// reply answers the command h: with body, or with err if that is not nil.
+func (l *link) reply(h header, body []byte, err error) error {
+	r := header{id: h.id, cmd: h.cmd, flags: flagReply}
+	if err != nil {
+		r.flags |= flagError
+		r.errno = uint32(errnoOf(err))
+		body = nil
+	}
+	return l.send(r, body)
+}
+
+// request sends a command and waits for its reply's body. The descriptors stay
+// the caller's. An error reply is returned as an error that wraps its number.
+func (l *link) request(ctx context.Context, cmd uint16, body []byte, fds ...int) ([]byte, error) {
+	ch := make(chan reply, 1)
+	id, err := l.register(ch)
+	if err != nil {
+		return nil, err
+	}
+	defer l.forget(id)
+	if err := l.send(header{id: id, cmd: cmd}, body, fds...); err != nil {
+		return nil, err
+	}
+	select {
+	case r := <-ch:
+		return r.body, r.err
+	case <-l.done:
+		select {
+		case r := <-ch: // the peer answered, and then closed the connection
+			return r.body, r.err
+		default:
+			return nil, ErrNotConnected
+		}
+	case <-ctx.Done():
+		return nil, fmt.Errorf("vfio-user: waiting for the reply to command %d: %w", cmd, context.Cause(ctx))
+	}
+}
+
+// post sends a command that is not answered.
+func (l *link) post(cmd uint16, body []byte) error {
+	l.pmu.Lock()
+	l.posted = (l.posted + 1) &^ postedID
+	id := l.posted | postedID
+	l.pmu.Unlock()
+	return l.send(header{id: id, cmd: cmd, flags: flagNoReply}, body)
+}
+
+func (l *link) register(ch chan reply) (uint16, error) {
+	l.pmu.Lock()
+	defer l.pmu.Unlock()
+	if l.pending == nil {
+		return 0, ErrNotConnected
+	}
+	if len(l.pending) >= int(postedID) {
+		return 0, errors.New("vfio-user: too many requests are waiting for the client")
+	}
+	for {
+		l.lastID = (l.lastID + 1) &^ postedID
+		if _, used := l.pending[l.lastID]; !used {
+			l.pending[l.lastID] = ch
+			return l.lastID, nil
+		}
+	}
+}
+
+func (l *link) forget(id uint16) {
+	l.pmu.Lock()
+	defer l.pmu.Unlock()
+	delete(l.pending, id)
+}
+
+// deliver hands a reply to the request that waits for it. A reply that nobody
+// waits for belongs to a request that was given up, and is dropped.
+func (l *link) deliver(m *message) {
+	var err error
+	if m.flags&flagError != 0 {
+		err = fmt.Errorf("vfio-user: the peer answered command %d: %w", m.cmd, syscall.Errno(m.errno))
+		if m.errno == 0 {
+			err = fmt.Errorf("vfio-user: the peer answered command %d: %w", m.cmd, syscall.EIO)
+		}
+	}
+	l.pmu.Lock()
+	defer l.pmu.Unlock()
+	if m.id&postedID != 0 {
+		if l.postErr == nil {
+			l.postErr = err
+		}
+		return
+	}
+	if ch, ok := l.pending[m.id]; ok {
+		delete(l.pending, m.id)
+		ch <- reply{body: append([]byte(nil), m.body...), err: err}
+	}
+}
+
+// takePostErr returns, and forgets, the first failure of a posted command that
+// was reported since the last call.
+func (l *link) takePostErr() error {
+	l.pmu.Lock()
+	defer l.pmu.Unlock()
+	err := l.postErr
+	l.postErr = nil
+	return err
+}
