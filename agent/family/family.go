@@ -1,0 +1,230 @@
+// Package family describes families of virtual functions: which registers a
+// VF has, what kind of state each holds, and how its mailbox is spoken. The
+// tables drive capture, restore and the model of the silicon; the packages
+// below this one hold one family each.
+package family
+
+// Class says how a register's state moves to another VF (CompSC, VEE 2012).
+type Class uint8
+
+// Classes of state.
+const (
+	// Skip: the target's own value is right, or there is no state behind it.
+	Skip Class = iota
+	// Copy: read on the source, written on the target.
+	Copy
+	// Replay: only operations reach it; they are recorded and done again.
+	Replay
+	// Emulate: read-only for software; the guest is given hardware + offset.
+	Emulate
+	// Derive: recomputed on the target from memory or from other state.
+	Derive
+)
+
+// Access says what reads and writes of a register do. Flags combine.
+type Access uint8
+
+// Access semantics.
+const (
+	// Readable: reads return the value; without it they return 0.
+	Readable Access = 1 << iota
+	// Writable: writes store the value (under the register's mask).
+	Writable
+	// ReadClears: a read clears what it returned.
+	ReadClears
+	// WriteOneSets: ones written set bits; zeros leave them.
+	WriteOneSets
+	// WriteOneClears: ones written clear bits; zeros leave them.
+	WriteOneClears
+)
+
+// RO, RW and the others are the usual combinations.
+const (
+	RO = Readable
+	WO = Writable
+	RW = Readable | Writable
+)
+
+// Register is one register of a VF's BAR0. All are 32 bits wide.
+type Register struct {
+	// Name as the datasheet and the Linux driver have it, with the index of
+	// an array element in parentheses.
+	Name string
+	// Offset in BAR0, in bytes.
+	Offset uint32
+	// Access semantics.
+	Access Access
+	// Class of the state.
+	Class Class
+	// Mask of the bits that software can write, and that are copied. Reads of
+	// a writable register show no other bits; a register that software cannot
+	// write has no mask and is read whole.
+	Mask uint32
+	// Modifier has bits that are set in every write that restores the
+	// register: they say how the rest is to be taken and are no state.
+	Modifier uint32
+	// Why the class is what it is.
+	Why string
+}
+
+// Direction of a queue.
+type Direction uint8
+
+// Directions.
+const (
+	RX Direction = iota
+	TX
+)
+
+// String names the direction.
+func (d Direction) String() string {
+	if d == RX {
+		return "rx"
+	}
+	return "tx"
+}
+
+// Queue gives the offsets of one descriptor ring's registers.
+type Queue struct {
+	Direction Direction
+	// Index within its direction.
+	Index int
+	// Base address low and high, length in bytes, head, tail and control.
+	BAL, BAH, LEN, Head, Tail, Ctl uint32
+	// WBAL and WBAH are the head write-back address; 0 when the direction
+	// has none. They must be written after the mailbox replay.
+	WBAL, WBAH uint32
+	// Enable is the bit of Ctl that enables the queue and, read back, tells
+	// whether it runs.
+	Enable uint32
+	// Flush is the bit of Ctl that flushes pending write-backs, 0 for none.
+	Flush uint32
+	// DescriptorSize in bytes: LEN divided by it is the size of the ring.
+	DescriptorSize uint32
+}
+
+// Counter is one statistics counter that the guest can read but not write.
+type Counter struct {
+	Name string
+	// Low is the offset of the counter or of its low half.
+	Low uint32
+	// High is the offset of the high half, 0 for a 32-bit counter.
+	High uint32
+	// Width in bits; the counter wraps there.
+	Width uint
+}
+
+// Interrupts gives the offsets of the interrupt registers.
+type Interrupts struct {
+	// Cause, CauseSet, MaskSet, MaskClear, AutoClear and AutoMask are the
+	// EICR, EICS, EIMS, EIMC, EIAC and EIAM of the VF.
+	Cause, CauseSet, MaskSet, MaskClear, AutoClear, AutoMask uint32
+	// All is the mask of every vector.
+	All uint32
+	// Vectors is the size of the MSI-X table.
+	Vectors int
+	// Assign lists the registers that assign causes to vectors. Each byte is
+	// one assignment: in use if it has AssignValid, to the vector in
+	// AssignVector.
+	Assign                    []uint32
+	AssignValid, AssignVector uint8
+}
+
+// Mailbox gives the place and the control bits of the mailbox.
+type Mailbox struct {
+	// Memory is the offset of the message buffer, Words its length in dwords.
+	Memory uint32
+	Words  int
+	// Control is the offset of the mailbox register.
+	Control uint32
+	// Req, Ack, VFU, PFU, PFSts, PFAck, RstI and RstD are its bits.
+	Req, Ack, VFU, PFU, PFSts, PFAck, RstI, RstD uint32
+	// ReadClear is the mask of bits that a read clears.
+	ReadClear uint32
+	// IDMask selects the message id in word 0. A reply has the request's id
+	// and at least one bit of Replied.
+	IDMask, Replied uint32
+}
+
+// Family is everything static about one family of VFs. Implementations are
+// immutable and safe for concurrent use.
+type Family interface {
+	// Name of the family, such as "ixgbevf".
+	Name() string
+	// BARSize is the size of BAR0 in bytes.
+	BARSize() uint32
+	// Registers lists every register in ascending order of offset.
+	Registers() []Register
+	// Queues lists every descriptor ring, receive rings first.
+	Queues() []Queue
+	// Counters lists the statistics counters.
+	Counters() []Counter
+	// Interrupts gives the interrupt registers.
+	Interrupts() Interrupts
+	// Mailbox gives the mailbox's layout.
+	Mailbox() Mailbox
+	// ResetRegister and ResetBit start a reset of the VF when written.
+	ResetRegister() (offset, bit uint32)
+	// NewLog returns an empty record of mailbox operations.
+	NewLog() Log
+	// RestoreLog rebuilds a record from what Log.Marshal returned. It fails on
+	// bytes it does not understand.
+	RestoreLog(b []byte) (Log, error)
+	// Probe lists the messages that find out what a PF offers, to be sent in
+	// this order to the PF of a VF just reset. The VF must be reset afterwards.
+	Probe() [][]uint32
+	// Offer reads the replies to the messages of Probe. It fails when there
+	// are not as many replies as messages, or when a reply makes no sense.
+	Offer(replies [][]uint32) (Offer, error)
+}
+
+// Offer is what a PF offers its VFs, as far as it decides whether a record can
+// be replayed there.
+type Offer struct {
+	// APIs lists the API codes the PF accepts, in ascending order.
+	APIs []uint32
+	// MulticastFilterType tells which bits of an address the PF hashes.
+	MulticastFilterType uint32
+}
+
+// Log is the record of what the guest has asked of the PF: not a list of
+// messages but the state they add up to. Not safe for concurrent use.
+type Log interface {
+	// Reset notes that the VF was reset by its reset bit, which takes
+	// everything the PF knew of it.
+	Reset()
+	// Completed notes one message and the PF's reply to it. Words it does not
+	// know how to read are kept out of the record.
+	Completed(request, reply []uint32)
+	// Replay lists the messages that bring a freshly reset VF's PF to the
+	// recorded state, in the order the PF demands.
+	Replay() []Message
+	// Summary tells what the target's verdict needs.
+	Summary() Summary
+	// Marshal encodes the record.
+	Marshal() []byte
+}
+
+// Message is one mailbox message to replay.
+type Message struct {
+	// Name of the operation, for reports.
+	Name string
+	// Words of the message.
+	Words []uint32
+	// Check judges the PF's reply; nil error means the target PF did as the
+	// source's PF had done.
+	Check func(reply []uint32) error
+}
+
+// Summary is what the target must know of a record beforehand.
+type Summary struct {
+	// API code that was negotiated.
+	API uint32
+	// MulticastFilterType the PF told the guest in its reply to the reset.
+	MulticastFilterType uint32
+	// MAC the guest uses, empty when it never completed a reset.
+	MAC []byte
+	// NotMigratable says in words why the record cannot be replayed on any
+	// PF; empty when it can.
+	NotMigratable string
+}

@@ -1,0 +1,157 @@
+package ixgbevf
+
+import (
+	"fmt"
+	"slices"
+
+	"compsc.io/compsc/agent/family"
+)
+
+// descriptorSize is the size of every descriptor in bytes.
+const descriptorSize = 16
+
+// Family is the register table and the mailbox dialect of a VF with a certain
+// number of queue pairs. It is immutable and safe for concurrent use.
+type Family struct {
+	registers []family.Register
+	queues    []family.Queue
+}
+
+var _ family.Family = (*Family)(nil)
+
+// New returns the family with a table for that many queue pairs. A number
+// below 1 stands for DefaultQueuePairs, one above MaxQueuePairs for
+// MaxQueuePairs.
+//
+// It must be the number that the PF's mode gives each VF, and the same on both
+// sides of a migration: a table with more would count on registers that the
+// device lacks, one with fewer would hide queues from the guest. It is not
+// what GET_QUEUES answers, for drivers use a second pair even when that says
+// one.
+func New(queuePairs int) *Family {
+	if queuePairs < 1 {
+		queuePairs = DefaultQueuePairs
+	}
+	queuePairs = min(queuePairs, MaxQueuePairs)
+	f := &Family{}
+	f.registers = append(f.registers, controlRegisters()...)
+	for n := range queuePairs {
+		f.registers = append(f.registers, receiveRegisters(n)...)
+		f.queues = append(f.queues, family.Queue{
+			Direction: family.RX, Index: n,
+			BAL: VFRDBAL(n), BAH: VFRDBAH(n), LEN: VFRDLEN(n),
+			Head: VFRDH(n), Tail: VFRDT(n), Ctl: VFRXDCTL(n),
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+		})
+	}
+	for n := range queuePairs {
+		f.registers = append(f.registers, transmitRegisters(n)...)
+		f.queues = append(f.queues, family.Queue{
+			Direction: family.TX, Index: n,
+			BAL: VFTDBAL(n), BAH: VFTDBAH(n), LEN: VFTDLEN(n),
+			Head: VFTDH(n), Tail: VFTDT(n), Ctl: VFTXDCTL(n),
+			WBAL: VFTDWBAL(n), WBAH: VFTDWBAH(n),
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+		})
+	}
+	slices.SortFunc(f.registers, func(a, b family.Register) int { return int(a.Offset) - int(b.Offset) })
+	return f
+}
+
+// Name of the family.
+func (f *Family) Name() string { return Name }
+
+// BARSize is the size of BAR0 in bytes.
+func (f *Family) BARSize() uint32 { return BARSize }
+
+// Registers lists every register in ascending order of offset.
+func (f *Family) Registers() []family.Register { return slices.Clone(f.registers) }
+
+// Queues lists every descriptor ring, receive rings first.
+func (f *Family) Queues() []family.Queue { return slices.Clone(f.queues) }
+
+// Counters lists the statistics counters.
+func (f *Family) Counters() []family.Counter {
+	return []family.Counter{
+		{Name: "VFGPRC", Low: VFGPRC, Width: 32},
+		{Name: "VFGORC", Low: VFGORCLSB, High: VFGORCMSB, Width: 36},
+		{Name: "VFMPRC", Low: VFMPRC, Width: 32},
+		{Name: "VFGPTC", Low: VFGPTC, Width: 32},
+		{Name: "VFGOTC", Low: VFGOTCLSB, High: VFGOTCMSB, Width: 36},
+	}
+}
+
+// Interrupts gives the interrupt registers.
+func (f *Family) Interrupts() family.Interrupts {
+	return family.Interrupts{
+		Cause: VTEICR, CauseSet: VTEICS, MaskSet: VTEIMS, MaskClear: VTEIMC,
+		AutoClear: VTEIAC, AutoMask: VTEIAM,
+		All: VectorMask, Vectors: MSIXVectors,
+		Assign:      []uint32{VTIVAR(0), VTIVAR(1), VTIVAR(2), VTIVAR(3), VTIVARMisc},
+		AssignValid: IVARValid, AssignVector: IVARVector,
+	}
+}
+
+// Mailbox gives the mailbox's layout.
+func (f *Family) Mailbox() family.Mailbox {
+	return family.Mailbox{
+		Memory: VFMBMEM, Words: MailboxWords, Control: VFMAILBOX,
+		Req: MailboxREQ, Ack: MailboxACK, VFU: MailboxVFU, PFU: MailboxPFU,
+		PFSts: MailboxPFSTS, PFAck: MailboxPFACK, RstI: MailboxRSTI, RstD: MailboxRSTD,
+		ReadClear: MailboxReadClear,
+		IDMask:    MsgIDMask, Replied: MsgACK | MsgNACK,
+	}
+}
+
+// ResetRegister tells that VFCTRL.RST resets the VF.
+func (f *Family) ResetRegister() (offset, bit uint32) { return VFCTRL, CtrlRST }
+
+// NewLog returns an empty record, that of a VF whose driver is not loaded.
+func (f *Family) NewLog() family.Log { return &Log{} }
+
+// RestoreLog rebuilds a record from what Log.Marshal returned. It accepts
+// nothing that Marshal would not write.
+func (f *Family) RestoreLog(b []byte) (family.Log, error) {
+	l, err := unmarshalLog(b)
+	if err != nil {
+		return nil, fmt.Errorf("ixgbevf mailbox record: %w", err)
+	}
+	return l, nil
+}
+
+// apiCodes are the API versions a PF is asked for by Probe, in ascending order.
+var apiCodes = []uint32{API10, API11, API12, API13, API14, API15, API16, API17}
+
+// Probe asks for a reset, whose reply holds the multicast filter type, and
+// then for every API version: a PF forgets the version with the next reset.
+func (f *Family) Probe() [][]uint32 {
+	requests := [][]uint32{{MsgReset}}
+	for _, code := range apiCodes {
+		requests = append(requests, []uint32{MsgAPINegotiate, code, 0})
+	}
+	return requests
+}
+
+// Offer reads the replies to the messages of Probe.
+func (f *Family) Offer(replies [][]uint32) (family.Offer, error) {
+	requests := f.Probe()
+	if len(replies) != len(requests) {
+		return family.Offer{}, fmt.Errorf("ixgbevf probe: %d replies to %d messages", len(replies), len(requests))
+	}
+	var offer family.Offer
+	for i, reply := range replies {
+		acked, err := verdict(requests[i], reply)
+		if err != nil {
+			return family.Offer{}, fmt.Errorf("ixgbevf probe: %w", err)
+		}
+		switch {
+		case i == 0 && len(reply) < resetReplyWords:
+			return family.Offer{}, fmt.Errorf("ixgbevf probe: reply to RESET has %d words, want %d", len(reply), resetReplyWords)
+		case i == 0:
+			offer.MulticastFilterType = reply[3]
+		case acked:
+			offer.APIs = append(offer.APIs, requests[i][1])
+		}
+	}
+	return offer, nil
+}

@@ -1,0 +1,223 @@
+package ixgbevf
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"compsc.io/compsc/agent/family"
+)
+
+const (
+	// resetReplyWords is the length of the reply to RESET.
+	resetReplyWords = 4
+	// maxMACVLANs bounds the list of further addresses. An 82599 has 128
+	// address filters for all of its functions together.
+	maxMACVLANs = 128
+	// maxVLANs is the number of VLAN ids there are.
+	maxVLANs = 4096
+)
+
+type mac = [6]byte
+
+// modeRequest is a request for a mode and what the PF granted.
+type modeRequest struct{ asked, granted uint32 }
+
+// Log is the state that the guest's messages add up to in the PF. The zero
+// value is the record of a VF that was never reset by a message: such a VF is
+// silent, and nothing is to be replayed. Not safe for concurrent use.
+type Log struct {
+	// ready is set by a completed RESET message; all else needs it.
+	ready bool
+	// mo is the multicast filter type from the reply to RESET.
+	mo       uint32
+	mac      *mac
+	api      *uint32
+	queues   *[4]uint32
+	features *modeRequest
+	maxFrame *uint32
+	macVLANs []mac
+	// vlans is in ascending order, without repetitions.
+	vlans []uint16
+	// multicast is nil until a list was set; it may then be empty.
+	multicast []uint16
+	xcast     *modeRequest
+	// ipsec counts security associations the PF holds for the guest.
+	ipsec uint16
+	// unknown is the id of the first operation this package cannot read but
+	// the PF acknowledged, 0 for none.
+	unknown uint16
+	// overflow is set once there are more addresses than maxMACVLANs.
+	overflow bool
+}
+
+var _ family.Log = (*Log)(nil)
+
+// Reset forgets everything: a reset by VFCTRL.RST, or of the function, makes
+// the PF drop the VF's filters and answer nothing but a RESET message.
+func (l *Log) Reset() { *l = Log{} }
+
+// verdict tells whether a reply acknowledges its request. It fails when the
+// words are not a reply to that request.
+func verdict(request, reply []uint32) (acked bool, err error) {
+	if len(request) == 0 || len(reply) == 0 {
+		return false, errors.New("empty message")
+	}
+	if reply[0]&MsgIDMask != request[0]&MsgIDMask {
+		return false, fmt.Errorf("reply %#010x does not belong to request %#010x", reply[0], request[0])
+	}
+	switch reply[0] & (MsgACK | MsgNACK) {
+	case MsgACK:
+		return true, nil
+	case MsgNACK:
+		return false, nil
+	}
+	return false, fmt.Errorf("reply %#010x neither acknowledges nor refuses", reply[0])
+}
+
+// minWords is the length below which a request or its reply cannot be read.
+func minWords(id uint32) (request, reply int) {
+	switch id {
+	case MsgReset:
+		return 1, resetReplyWords
+	case MsgSetMAC, MsgSetMACVLAN:
+		return 3, 1
+	case MsgSetVLAN, MsgSetLPE, MsgAPINegotiate:
+		return 2, 1
+	case MsgGetQueues:
+		return 1, 5
+	case MsgUpdateXcastMode, MsgFeaturesNegotiate:
+		return 2, 2
+	}
+	return 1, 1
+}
+
+// Completed notes a request and the PF's reply. Only what the PF acknowledged
+// changes the record, but for RESET: refused, it is complete as well and
+// merely says that the PF has no address for the VF.
+func (l *Log) Completed(request, reply []uint32) {
+	acked, err := verdict(request, reply)
+	if err != nil {
+		return
+	}
+	id := request[0] & MsgIDMask
+	if wantRequest, wantReply := minWords(id); len(request) < wantRequest || len(reply) < wantReply {
+		return
+	}
+	if id == MsgReset {
+		*l = Log{ready: true, mo: reply[3]}
+		if acked {
+			l.mac = readMAC(reply[1:])
+		}
+		return
+	}
+	if !l.ready || !acked {
+		return
+	}
+	l.acknowledged(id, request, reply)
+}
+
+// acknowledged applies one acknowledged message other than RESET.
+func (l *Log) acknowledged(id uint32, request, reply []uint32) {
+	info := request[0] >> MsgInfoShift & MsgInfoMask
+	switch id {
+	case MsgSetMAC:
+		l.mac = readMAC(request[1:])
+	case MsgSetMulticast:
+		l.setMulticast(int(info), request[1:])
+	case MsgSetVLAN:
+		l.setVLAN(uint16(request[1]%maxVLANs), info != 0)
+	case MsgSetLPE:
+		l.maxFrame = new(request[1])
+	case MsgSetMACVLAN:
+		l.setMACVLAN(info, request[1:])
+	case MsgAPINegotiate:
+		l.api = new(request[1])
+	case MsgGetQueues:
+		l.queues = (*[4]uint32)(slices.Clone(reply[1:5]))
+	case MsgUpdateXcastMode:
+		l.xcast = &modeRequest{request[1], reply[1]}
+	case MsgFeaturesNegotiate:
+		l.features = &modeRequest{request[1], reply[1]}
+	case MsgIPsecAdd:
+		l.ipsec = min(l.ipsec, ^uint16(0)-1) + 1
+	case MsgIPsecDel:
+		l.ipsec = max(l.ipsec, 1) - 1
+	case MsgGetRETA, MsgGetRSSKey, MsgGetLinkState, MsgGetPFLinkState:
+		// Questions: they leave nothing behind in the PF.
+	default:
+		if l.unknown == 0 {
+			l.unknown = uint16(id)
+		}
+	}
+}
+
+func (l *Log) setMulticast(count int, words []uint32) {
+	count = min(count, MaxMulticast, 2*len(words))
+	l.multicast = make([]uint16, count)
+	for i := range l.multicast {
+		l.multicast[i] = uint16(words[i/2] >> (16 * (i % 2)))
+	}
+}
+
+func (l *Log) setVLAN(id uint16, add bool) {
+	at, found := slices.BinarySearch(l.vlans, id)
+	switch {
+	case add && !found:
+		l.vlans = slices.Insert(l.vlans, at, id)
+	case !add && found:
+		l.vlans = slices.Delete(l.vlans, at, at+1)
+	}
+}
+
+// setMACVLAN follows the PF driver: index 0 empties the list, 1 empties it and
+// adds, any other adds.
+func (l *Log) setMACVLAN(index uint32, words []uint32) {
+	if index <= 1 {
+		l.macVLANs, l.overflow = nil, false
+	}
+	if index == 0 {
+		return
+	}
+	if len(l.macVLANs) == maxMACVLANs {
+		l.overflow = true
+		return
+	}
+	l.macVLANs = append(l.macVLANs, *readMAC(words))
+}
+
+// Summary tells what the target's verdict needs.
+func (l *Log) Summary() family.Summary {
+	s := family.Summary{MulticastFilterType: l.mo}
+	if l.api != nil {
+		s.API = *l.api
+	}
+	if l.mac != nil {
+		s.MAC = bytes.Clone(l.mac[:])
+	}
+	switch {
+	case l.ipsec > 0:
+		s.NotMigratable = fmt.Sprintf("the guest offloaded %d IPsec security associations: the PF chose their indices, "+
+			"and another PF cannot be made to choose the same; remove them in the guest", l.ipsec)
+	case l.unknown != 0:
+		s.NotMigratable = fmt.Sprintf("the PF acknowledged mailbox message %#04x, which this release does not know how to replay", l.unknown)
+	case l.overflow:
+		s.NotMigratable = fmt.Sprintf("the guest set more than %d further MAC addresses", maxMACVLANs)
+	}
+	return s
+}
+
+// readMAC reads an address from two words, lowest byte first.
+func readMAC(words []uint32) *mac {
+	var b [8]byte
+	binary.LittleEndian.PutUint32(b[:], words[0])
+	binary.LittleEndian.PutUint32(b[4:], words[1])
+	return (*mac)(b[:6])
+}
+
+// macWords is the reverse of readMAC.
+func macWords(m mac) (low, high uint32) {
+	return binary.LittleEndian.Uint32(m[:4]), uint32(binary.LittleEndian.Uint16(m[4:]))
+}

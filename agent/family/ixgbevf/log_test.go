@@ -1,0 +1,328 @@
+package ixgbevf
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// did notes a message that the PF acknowledged; reply words other than word 0
+// are those of the request unless given.
+func did(l *Log, request []uint32, reply ...uint32) {
+	full := slices.Concat(request, make([]uint32, MailboxWords))[:MailboxWords]
+	answer := slices.Clone(full)
+	answer[0] |= MsgACK | MsgCTS
+	copy(answer[1:], reply)
+	l.Completed(full, answer)
+}
+
+// refused notes a message that the PF refused.
+func refused(l *Log, request ...uint32) {
+	full := slices.Concat(request, make([]uint32, MailboxWords))[:MailboxWords]
+	answer := slices.Clone(full)
+	answer[0] |= MsgNACK | MsgCTS
+	l.Completed(full, answer)
+}
+
+// full is the record of a guest that has used every message.
+func full() *Log {
+	l := &Log{}
+	did(l, []uint32{MsgReset}, 0x33221152, 0x5544, 1)
+	refused(l, MsgAPINegotiate, API17)
+	did(l, []uint32{MsgAPINegotiate, API13})
+	did(l, []uint32{MsgGetQueues}, 2, 2, 1, 0)
+	did(l, []uint32{MsgFeaturesNegotiate, 3}, 1)
+	did(l, []uint32{MsgSetLPE, 1518})
+	did(l, []uint32{MsgSetMAC, 0x33221154, 0x6655})
+	refused(l, MsgSetMAC, 0xffffffff, 0xffff)
+	did(l, []uint32{MsgSetMACVLAN | 1<<16, 1, 1})
+	did(l, []uint32{MsgSetMACVLAN | 2<<16, 2, 2})
+	did(l, []uint32{MsgSetVLAN | 1<<16, 77})
+	did(l, []uint32{MsgSetVLAN | 1<<16, 5})
+	did(l, []uint32{MsgSetVLAN | 1<<16, 6})
+	did(l, []uint32{MsgSetVLAN, 6})
+	did(l, []uint32{MsgSetVLAN | 1<<16, 5})
+	refused(l, MsgSetVLAN|1<<16, 9)
+	did(l, []uint32{MsgSetMulticast | 1<<16, 0x0fff})
+	did(l, []uint32{MsgSetMulticast | 3<<16, 0x00020001, 0x3})
+	did(l, []uint32{MsgUpdateXcastMode, XcastAllMulti}, XcastMulti)
+	did(l, []uint32{MsgGetRETA})
+	did(l, []uint32{MsgGetRSSKey})
+	did(l, []uint32{MsgGetLinkState})
+	return l
+}
+
+// spoken lists what a record replays, without trailing zero words.
+func spoken(l *Log) []string {
+	var list []string
+	for _, m := range l.Replay() {
+		words := m.Words
+		for len(words) > 1 && words[len(words)-1] == 0 {
+			words = words[:len(words)-1]
+		}
+		list = append(list, fmt.Sprintf("%s %x", m.Name, words))
+	}
+	return list
+}
+
+func TestReplayOrder(t *testing.T) {
+	want := []string{
+		"RESET [1]",
+		"API_NEGOTIATE [8 4]",
+		"GET_QUEUES [9]",
+		"FEATURES_NEGOTIATE [12 3]",
+		"SET_LPE [5 5ee]",
+		"SET_MAC_ADDR [2 33221154 6655]",
+		"SET_MACVLAN [6]",
+		"SET_MACVLAN [10006 1 1]",
+		"SET_MACVLAN [20006 2 2]",
+		"SET_VLAN [10004 5]",
+		"SET_VLAN [10004 4d]",
+		"SET_MULTICAST [30003 20001 3]",
+		"UPDATE_XCAST_MODE [c]",
+		"UPDATE_XCAST_MODE [c 2]",
+	}
+	if diff := cmp.Diff(want, spoken(full())); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestRecordFollowsMessages(t *testing.T) {
+	start := func() *Log {
+		l := &Log{}
+		did(l, []uint32{MsgReset}, 0, 0, 0)
+		return l
+	}
+	const reset, noMAC = "RESET [1]", "SET_MAC_ADDR [2]"
+	for _, tc := range []struct {
+		name string
+		say  func(*Log)
+		want []string
+	}{
+		{"reset with an address", func(l *Log) { did(l, []uint32{MsgReset}, 1, 2, 0) }, []string{reset, "SET_MAC_ADDR [2 1 2]"}},
+		{"reset without an address", func(l *Log) { refused(l, MsgReset) }, []string{reset}},
+		{"reset forgets", func(l *Log) { *l = *full(); refused(l, MsgReset) }, []string{reset}},
+		{"reset bit forgets", func(l *Log) { *l = *full(); l.Reset() }, nil},
+		{"nothing before a reset", func(l *Log) { l.Reset(); did(l, []uint32{MsgSetLPE, 9000}) }, nil},
+		{"no mode", func(l *Log) { did(l, []uint32{MsgUpdateXcastMode, 0}) },
+			[]string{reset, noMAC, "UPDATE_XCAST_MODE [c 1]", "UPDATE_XCAST_MODE [c]"}},
+		{"macvlans cleared", func(l *Log) {
+			did(l, []uint32{MsgSetMACVLAN | 1<<16, 1, 1})
+			did(l, []uint32{MsgSetMACVLAN})
+		}, []string{reset, noMAC}},
+		{"macvlans started anew", func(l *Log) {
+			did(l, []uint32{MsgSetMACVLAN | 1<<16, 1, 1})
+			did(l, []uint32{MsgSetMACVLAN | 2<<16, 2, 2})
+			did(l, []uint32{MsgSetMACVLAN | 1<<16, 3, 3})
+		}, []string{reset, noMAC, "SET_MACVLAN [6]", "SET_MACVLAN [10006 3 3]"}},
+		{"empty multicast list", func(l *Log) { did(l, []uint32{MsgSetMulticast}) }, []string{reset, noMAC, "SET_MULTICAST [3]"}},
+		{"VLAN removed that was not there", func(l *Log) { did(l, []uint32{MsgSetVLAN, 5}) }, []string{reset, noMAC}},
+		{"reply to another message", func(l *Log) {
+			l.Completed([]uint32{MsgSetLPE, 9000}, []uint32{MsgSetVLAN | MsgACK, 0})
+		}, []string{reset, noMAC}},
+		{"neither yes nor no", func(l *Log) { l.Completed([]uint32{MsgSetLPE, 9000}, []uint32{MsgSetLPE, 0}) }, []string{reset, noMAC}},
+		{"short", func(l *Log) {
+			l.Completed(nil, nil)
+			l.Completed([]uint32{MsgSetLPE}, []uint32{MsgSetLPE | MsgACK})
+			l.Completed([]uint32{MsgSetMAC, 1}, []uint32{MsgSetMAC | MsgACK})
+			l.Completed([]uint32{MsgReset}, []uint32{MsgReset | MsgACK, 0, 0})
+			l.Completed([]uint32{MsgSetMulticast | 3<<16, 7}, []uint32{MsgSetMulticast | MsgACK})
+		}, []string{reset, noMAC, "SET_MULTICAST [20003 7]"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := start()
+			tc.say(l)
+			if diff := cmp.Diff(tc.want, spoken(l)); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// Every message is judged by the PF's reply to it.
+func TestReplayChecksReplies(t *testing.T) {
+	replies := map[string][]uint32{
+		"RESET":              {MsgReset | MsgNACK, 0, 0, 1},
+		"GET_QUEUES":         {MsgGetQueues | MsgACK, 2, 2, 1, 0},
+		"FEATURES_NEGOTIATE": {MsgFeaturesNegotiate | MsgACK, 1},
+		"UPDATE_XCAST_MODE":  {MsgUpdateXcastMode | MsgACK, XcastMulti},
+	}
+	for _, m := range full().Replay() {
+		good, ok := replies[m.Name]
+		if !ok {
+			good = []uint32{m.Words[0] | MsgACK | MsgCTS}
+		}
+		if err := m.Check(good); err != nil {
+			t.Errorf("%s: the same reply as on the source is refused: %v", m.Name, err)
+		}
+		bad := map[string][]uint32{
+			"other message": {MsgPFControl | MsgACK, 2, 2, 1, 0},
+			"empty":         {},
+			"no verdict":    append([]uint32{good[0] &^ (MsgACK | MsgNACK)}, good[1:]...),
+		}
+		if m.Name != "RESET" {
+			bad["refusal"] = append([]uint32{good[0]&^MsgACK | MsgNACK}, good[1:]...)
+		}
+		if len(good) > 1 && (m.Name != "UPDATE_XCAST_MODE" || m.Words[1] == XcastAllMulti) {
+			bad["short"] = good[:1]
+			other := slices.Clone(good)
+			other[len(other)-1]++
+			bad["other answer"] = other
+		}
+		for what, reply := range bad {
+			if m.Check(reply) == nil {
+				t.Errorf("%s: reply %x (%s) is accepted", m.Name, reply, what)
+			}
+		}
+	}
+}
+
+func TestSummary(t *testing.T) {
+	got := full().Summary()
+	if got.API != API13 || got.MulticastFilterType != 1 || !bytes.Equal(got.MAC, []byte{0x54, 0x11, 0x22, 0x33, 0x55, 0x66}) || got.NotMigratable != "" {
+		t.Errorf("summary %+v", got)
+	}
+	if got := (&Log{}).Summary(); got.MAC != nil || got.NotMigratable != "" {
+		t.Errorf("summary of an empty record %+v", got)
+	}
+}
+
+func TestNotMigratable(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		say  func(*Log)
+		want string
+	}{
+		{"IPsec", func(l *Log) { did(l, []uint32{MsgIPsecAdd}) }, "IPsec"},
+		{"IPsec removed", func(l *Log) { did(l, []uint32{MsgIPsecAdd}); did(l, []uint32{MsgIPsecDel}) }, ""},
+		{"IPsec removed too often", func(l *Log) {
+			did(l, []uint32{MsgIPsecDel})
+			did(l, []uint32{MsgIPsecAdd})
+		}, "IPsec"},
+		{"IPsec refused", func(l *Log) { refused(l, MsgIPsecAdd) }, ""},
+		{"unknown message", func(l *Log) { did(l, []uint32{0x77}) }, "0x0077"},
+		{"unknown message refused", func(l *Log) { refused(l, 0x77) }, ""},
+		{"too many addresses", func(l *Log) {
+			for i := range uint32(maxMACVLANs + 1) {
+				did(l, []uint32{MsgSetMACVLAN | (i+1)<<16, i, i})
+			}
+		}, "128"},
+		{"reset heals", func(l *Log) { did(l, []uint32{0x77}); refused(l, MsgReset) }, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := full()
+			tc.say(l)
+			restored, err := unmarshalLog(l.Marshal())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, log := range []*Log{l, restored} {
+				if got := log.Summary().NotMigratable; (got == "") != (tc.want == "") || !strings.Contains(got, tc.want) {
+					t.Errorf("%q, want %q", got, tc.want)
+				}
+			}
+		})
+	}
+}
+
+func TestMarshal(t *testing.T) {
+	for name, l := range map[string]*Log{"empty": {}, "full": full()} {
+		b := l.Marshal()
+		got, err := New(0).RestoreLog(b)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(l, got, cmp.AllowUnexported(Log{}, modeRequest{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		for n := range b {
+			if _, err := New(0).RestoreLog(b[:n]); err == nil {
+				t.Errorf("%s: the first %d of %d bytes are accepted", name, n, len(b))
+			}
+		}
+		if _, err := New(0).RestoreLog(append(b, 0)); err == nil {
+			t.Errorf("%s: a byte too many is accepted", name)
+		}
+	}
+}
+
+func TestMarshalIsBounded(t *testing.T) {
+	l := full()
+	for i := range uint32(2 * maxVLANs) {
+		did(l, []uint32{MsgSetVLAN | 1<<16, i})
+	}
+	for i := range uint32(2 * maxMACVLANs) {
+		did(l, []uint32{MsgSetMACVLAN | min(i+1, 255)<<16, i, i})
+	}
+	b := l.Marshal()
+	if len(b) > 10<<10 {
+		t.Errorf("%d bytes", len(b))
+	}
+	if _, err := unmarshalLog(b); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRestoreLogRefuses(t *testing.T) {
+	base := &Log{}
+	did(base, []uint32{MsgReset}, 0, 0, 0)
+	with := func(change func(*Log)) []byte {
+		l := *base
+		change(&l)
+		return l.Marshal()
+	}
+	for _, tc := range []struct {
+		name string
+		b    []byte
+		text string
+	}{
+		{"newer", []byte{2, 0}, "version 2"},
+		{"ready", []byte{1, 2}, "ready"},
+		{"VLANs out of order", with(func(l *Log) { l.vlans = []uint16{5, 5} }), "VLAN 5"},
+		{"no such VLAN", with(func(l *Log) { l.vlans = []uint16{4096} }), "VLAN 4096"},
+		{"too many hashes", with(func(l *Log) { l.multicast = make([]uint16, 31) }), "multicast"},
+		{"too many addresses", with(func(l *Log) { l.macVLANs = make([]mac, 129) }), "addresses"},
+	} {
+		if _, err := New(0).RestoreLog(tc.b); err == nil || !strings.Contains(err.Error(), tc.text) {
+			t.Errorf("%s: error %v, want one with %q", tc.name, err, tc.text)
+		}
+	}
+}
+
+// Any sequence of messages leaves a record that survives its encoding.
+func FuzzLog(f *testing.F) {
+	f.Add([]byte{MsgReset, 0, 1, 2, MsgSetVLAN, 1, 5, 0, MsgSetMACVLAN, 1, 9, 9})
+	f.Add([]byte{MsgReset, 0, 0, 0, MsgSetMulticast, 31, 1, 2, MsgUpdateXcastMode, 0, 3, 1, MsgIPsecAdd, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l := &Log{}
+		for ; len(b) >= 4; b = b[4:] {
+			did(l, []uint32{uint32(b[0]&0x1f) | uint32(b[1])<<16, uint32(b[2]), uint32(b[3])}, uint32(b[2]), uint32(b[3]))
+		}
+		got, err := unmarshalLog(l.Marshal())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(spoken(l), spoken(got)); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}
+
+// Whatever RestoreLog accepts is just what Marshal writes.
+func FuzzRestoreLog(f *testing.F) {
+	f.Add((&Log{}).Marshal())
+	f.Add(full().Marshal())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l, err := New(0).RestoreLog(b)
+		if err != nil {
+			return
+		}
+		if again := l.Marshal(); !bytes.Equal(again, b) {
+			t.Errorf("%x comes back as %x", b, again)
+		}
+	})
+}

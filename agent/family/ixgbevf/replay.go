@@ -1,0 +1,154 @@
+package ixgbevf
+
+import (
+	"fmt"
+	"slices"
+
+	"compsc.io/compsc/agent/family"
+)
+
+// Replay lists the messages that bring the PF of a VF that was just reset to
+// the recorded state. The order is the PF's: without a RESET it answers
+// nothing, the API version decides which messages it takes, the frame size
+// may decide whether it lets the VF receive at all, and RESET undoes all.
+//
+// Queries are not among them, but for GET_QUEUES, whose answer must be what
+// the guest was told. Nothing is replayed for a VF whose driver never
+// completed a RESET.
+func (l *Log) Replay() []family.Message {
+	if !l.ready {
+		return nil
+	}
+	messages := []family.Message{l.replayReset()}
+	add := func(name string, words ...uint32) {
+		messages = append(messages, family.Message{Name: name, Words: words, Check: acknowledges(words)})
+	}
+	if l.api != nil {
+		add("API_NEGOTIATE", MsgAPINegotiate, *l.api, 0)
+	}
+	if l.queues != nil {
+		messages = append(messages, replayQueues(*l.queues))
+	}
+	if l.features != nil {
+		messages = append(messages, replayMode("FEATURES_NEGOTIATE", MsgFeaturesNegotiate, *l.features))
+	}
+	if l.maxFrame != nil {
+		add("SET_LPE", MsgSetLPE, *l.maxFrame)
+	}
+	if l.mac != nil {
+		low, high := macWords(*l.mac)
+		add("SET_MAC_ADDR", MsgSetMAC, low, high)
+	}
+	if len(l.macVLANs) > 0 {
+		add("SET_MACVLAN", MsgSetMACVLAN, 0, 0)
+	}
+	for i, m := range l.macVLANs {
+		low, high := macWords(m)
+		add("SET_MACVLAN", MsgSetMACVLAN|uint32(i+1)<<MsgInfoShift, low, high)
+	}
+	for _, id := range l.vlans {
+		add("SET_VLAN", MsgSetVLAN|1<<MsgInfoShift, uint32(id))
+	}
+	if l.multicast != nil {
+		add("SET_MULTICAST", multicastWords(l.multicast)...)
+	}
+	if l.xcast != nil {
+		messages = append(messages, replayXcast(*l.xcast)...)
+	}
+	return messages
+}
+
+// replayReset checks the multicast filter type, for the guest computed its
+// hashes with the one it was told. Whether the PF has an address for the VF
+// may differ: the guest's address follows in a message of its own.
+func (l *Log) replayReset() family.Message {
+	request := []uint32{MsgReset}
+	return family.Message{Name: "RESET", Words: request, Check: func(reply []uint32) error {
+		if _, err := verdict(request, reply); err != nil {
+			return err
+		}
+		if len(reply) < resetReplyWords {
+			return fmt.Errorf("reply has %d words, want %d", len(reply), resetReplyWords)
+		}
+		if reply[3] != l.mo {
+			return fmt.Errorf("multicast filter type is %d here and %d where the guest computed its hashes: "+
+				"set both PFs to the same type", reply[3], l.mo)
+		}
+		return nil
+	}}
+}
+
+func replayQueues(want [4]uint32) family.Message {
+	request := []uint32{MsgGetQueues, 0, 0, 0, 0}
+	return family.Message{Name: "GET_QUEUES", Words: request, Check: func(reply []uint32) error {
+		if err := acknowledges(request)(reply); err != nil {
+			return err
+		}
+		if len(reply) < 1+len(want) {
+			return fmt.Errorf("reply has %d words, want %d", len(reply), 1+len(want))
+		}
+		if got := [4]uint32(reply[1:5]); got != want {
+			return fmt.Errorf("tx queues, rx queues, traffic classes and default queue are %v here, but the guest was told %v: "+
+				"set the target PF to the source's number of VFs, traffic classes and port VLAN", got, want)
+		}
+		return nil
+	}}
+}
+
+// replayMode replays a request whose reply says how much of it was granted.
+func replayMode(name string, id uint32, m modeRequest) family.Message {
+	request := []uint32{id, m.asked}
+	return family.Message{Name: name, Words: request, Check: func(reply []uint32) error {
+		if err := acknowledges(request)(reply); err != nil {
+			return err
+		}
+		if len(reply) < 2 {
+			return fmt.Errorf("reply has %d words, want 2", len(reply))
+		}
+		if reply[1] != m.granted {
+			return fmt.Errorf("asked for %#x the PF grants %#x here, but granted %#x before: "+
+				"give the VF the same trust on both PFs", m.asked, reply[1], m.granted)
+		}
+		return nil
+	}}
+}
+
+// replayXcast asks for another mode first: the PF driver remembers a VF's mode
+// across resets, and passes over a request for the mode it remembers although
+// the reset took it out of the hardware.
+func replayXcast(m modeRequest) []family.Message {
+	other := uint32(XcastNone)
+	if m.granted == XcastNone {
+		other = XcastMulti
+	}
+	request := []uint32{MsgUpdateXcastMode, other}
+	return []family.Message{
+		{Name: "UPDATE_XCAST_MODE", Words: request, Check: acknowledges(request)},
+		replayMode("UPDATE_XCAST_MODE", MsgUpdateXcastMode, m),
+	}
+}
+
+// acknowledges returns the check that a request was acknowledged, as it was
+// on the source.
+func acknowledges(request []uint32) func([]uint32) error {
+	return func(reply []uint32) error {
+		acked, err := verdict(request, reply)
+		if err != nil {
+			return err
+		}
+		if !acked {
+			return fmt.Errorf("the PF refuses (%#010x) what the PF of the source granted", reply[0])
+		}
+		return nil
+	}
+}
+
+// multicastWords packs a list of hashes into a message.
+func multicastWords(hashes []uint16) []uint32 {
+	words := slices.Repeat([]uint32{0}, MailboxWords)
+	words[0] = MsgSetMulticast | uint32(len(hashes))<<MsgInfoShift
+	for i, h := range hashes {
+		words[1+i/2] |= uint32(h) << (16 * (i % 2))
+	}
+	return words
+}

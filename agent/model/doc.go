@@ -1,0 +1,90 @@
+// Package model is a behavioural model of one virtual function of an Intel
+// 82599: its registers, two or more queue pairs, three MSI-X vectors, the part
+// of the PF that it talks to through the mailbox, and the network behind it.
+// It stands in for silicon where there is none, and for nothing else: no other
+// package learns from it how a VF behaves.
+//
+// Facts come from these sources, named in brackets below: the Intel 82599
+// datasheet where the tables of others transcribe it [D], its specification
+// update 3.1 of March 2014 [SU], the ixgbevf drivers of Linux and of Intel [V],
+// their PF driver ixgbe, above all ixgbe_sriov.c [P], the DPDK drivers [K].
+//
+// # Reproduced
+//
+// Registers: the 16 KiB of BAR0 with the access semantics of the table in
+// package ixgbevf; offsets that are no register, and queues that the PF did
+// not give, read 0. VTEICR is cleared by reads and by writing ones, VTEIMS and
+// VTEIMC set and clear the mask, VTEICS raises causes [V]. Statistics wrap at
+// 32 and 36 bits and are cleared by nothing a VF does [V, K].
+//
+// Reset: VFCTRL.RST and FLR stop queues, interrupts and the PF's forwarding;
+// ring registers, heads, tails, contexts, vector assignment and statistics
+// stay, so that a recycled VF has its former user's [SU clarification 5].
+// VFMAILBOX shows RSTI, then RSTD.
+//
+// Mailbox: REQ, ACK, VFU, PFSTS, PFACK, RSTI and RSTD with their read-clear
+// bits; messages 0x01 to 0x12 with the PF's side effects and refusals [P].
+// There is clear-to-send only after RESET, whose reply is a failure if there
+// is no admin MAC. A reset takes filters, VLANs and the API version away; the
+// MAC last used, the xcast mode last granted and the admin settings stay, and
+// asking for the mode again does nothing. RESET zeroes VFTDWBAL and VFTDWBAH.
+// A change of trust revokes clear-to-send and pings the VF. The rule for jumbo
+// frames is that of the 82599 [SU clarification 14]. GET_RETA, GET_RSS_KEY and
+// IPsec are refused, as by a PF whose administrator did not allow them.
+//
+// Receive: filters by MAC, macvlans, broadcast, multicast hash (all four of
+// MCSTCTRL.MO), all-multicast, VLAN table, port VLAN and maximum frame; VLAN
+// stripping; RSS over the queues that VFPSRTYPE.RQPL asks for; legacy and
+// advanced one-buffer write-back, frames in several buffers, the quadword that
+// drivers look at written last; checksums verified, and reported as good or
+// bad; a bounded packet buffer, drop-enable by VFSRRCTL or by the PF. Frames
+// have at least 60 octets.
+//
+// Transmit: legacy and advanced descriptors, two context slots per queue,
+// segmentation of TCP and UDP, IP, TCP, UDP and SCTP checksums, VLAN tags by
+// descriptor and by port VLAN, DD only where RS was set, head write-back
+// instead if it is on, anti-spoofing by MAC. A goroutine works the rings off, so
+// that heads trail tails, a disabled queue reads as enabled until what it
+// fetched is out, and a drain is something to wait for.
+//
+// Interrupts: causes go where VTIVAR and VTIVAR_MISC point. A cause that comes
+// while its vector is masked stays in VTEICR and is raised when it is unmasked.
+//
+// # Unsure
+//
+// What is not known of silicon, and what the model does:
+//
+//   - Whether VFRDH and VFTDH take values other than zero while the queue is
+//     off: Config.WritableRXHead and WritableTXHead. With the queue on, writes
+//     are ignored.
+//   - Whether heads outlive a disabled queue: Config.HeadsPersistAcrossDisable.
+//   - Whether a reset clears statistics: Config.CountersClearedByReset. Whether
+//     octets include the FCS: here they do not. Whether reading the low half
+//     of an octet counter latches the high half: here it does not.
+//   - Whether a reset leaves clear-to-send: Config.ClearToSendSurvivesFLR; and
+//     the PF's multicast modes: Config.FilterModesClearedByReset.
+//   - Whether base and length of rings, VTIVAR and VTEITR outlive a reset: here
+//     they do. VTEIMS, VTEIAC and VTEIAM do not.
+//   - A tail written while the queue is off: stored here. An enabled transmit
+//     queue whose tail differs from its head starts at once.
+//   - A head or tail outside of the ring: the queue stands still.
+//   - How the device takes malformed transmit descriptors: here they are
+//     consumed and the packet is dropped, without latching the queue as
+//     malicious-driver detection would.
+//   - VFSTATUS reads 0, and VFFRTIMER counts microseconds.
+//   - RSS: the PF's key and table are those of this package; flows are spread
+//     otherwise on any other card.
+//
+// # Not modelled
+//
+// Interrupt moderation (VTEITR is storage: every event is raised at once, if
+// unmasked), receive-side coalescing (VFRSCCTL is storage), header split (all
+// of a frame goes to the packet buffer, as one whose header is not
+// recognised), the legacy write-back's fragment checksum (0), IPsec, DCA,
+// time stamps, write-back thresholds, VLAN anti-spoofing, switching between
+// VFs of one PF, and a link that is ever down.
+//
+// DMA to memory that is not mapped is not an error, unlike on silicon: QEMU
+// takes guest memory away for moments when it changes the memory map. Such work
+// is put off until the next doorbell or a retry.
+package model

@@ -1,0 +1,63 @@
+package model
+
+// RSS types of the advanced receive descriptor.
+const (
+	rssTCPv4 = 1
+	rssIPv4  = 2
+	rssTCPv6 = 3
+	rssIPv6  = 5
+)
+
+// retaEntries is the size of the PF's redirection table. Entry i leads to
+// queue i modulo the number of queues, as the Linux PF driver fills it.
+const retaEntries = 128
+
+// rssKey is the PF's key. The VFs of an 82599 share it and cannot see it; the
+// Linux driver makes it up at random. This one is from Microsoft's "Verifying
+// the RSS Hash Calculation".
+var rssKey = [40]byte{
+	0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
+	0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
+	0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+}
+
+// rss returns a frame's hash and its type, 0 for frames that have none. UDP
+// ports are left out, as the Linux PF driver does by default.
+func (h headers) rss(f []byte) (hash, kind uint32) {
+	if h.ip == 0 {
+		return 0, 0
+	}
+	src, dst := h.addresses(f)
+	in := append(append(make([]byte, 0, 36), src...), dst...)
+	tcp := h.proto == protoTCP
+	if tcp {
+		in = append(in, f[h.l4:h.l4+4]...)
+	}
+	switch {
+	case h.v6 && tcp:
+		kind = rssTCPv6
+	case h.v6:
+		kind = rssIPv6
+	case tcp:
+		kind = rssTCPv4
+	default:
+		kind = rssIPv4
+	}
+	return toeplitz(in), kind
+}
+
+// toeplitz hashes at most 36 bytes.
+func toeplitz(in []byte) uint32 {
+	var hash uint32
+	window := be.Uint32(rssKey[:])
+	for i, b := range in {
+		next := rssKey[i+4]
+		for bit := 7; bit >= 0; bit-- {
+			if b>>bit&1 != 0 {
+				hash ^= window
+			}
+			window = window<<1 | uint32(next>>bit&1)
+		}
+	}
+	return hash
+}

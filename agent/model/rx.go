@@ -1,0 +1,265 @@
+package model
+
+import (
+	"encoding/binary"
+
+	"compsc.io/compsc/agent/family/ixgbevf"
+)
+
+// Fields of VFSRRCTL and VFPSRTYPE.
+const (
+	srrctlBSizeMask = 0x7f // in KiB
+	srrctlDescShift = 25
+	srrctlDescMask  = 7
+	srrctlDropEn    = 1 << 28
+	descLegacy      = 0
+	psrtypeRQPL     = 29
+)
+
+// Status and errors of a received frame, in the layout of the advanced
+// descriptor's dword 2.
+const (
+	rxDD    = 1 << 0
+	rxEOP   = 1 << 1
+	rxVP    = 1 << 3 // VLAN tag stripped
+	rxUDPCS = 1 << 4
+	rxL4CS  = 1 << 5
+	rxIPCS  = 1 << 6
+	rxL4E   = 1 << 30
+	rxIPE   = 1 << 31
+)
+
+// minFrame is the shortest frame on a wire, without FCS.
+const minFrame = 60
+
+// rxQueue is what a receive queue keeps outside its registers.
+type rxQueue struct {
+	// waiting frames have been accepted but not stored: the packet buffer.
+	waiting []rxFrame
+	// unmapped tells that memory for the first of them was not there.
+	unmapped bool
+}
+
+// rxFrame is an accepted frame.
+type rxFrame struct {
+	data      []byte
+	tag       uint16
+	tagged    bool // tag was stripped
+	multicast bool
+	info      uint32 // RSS type and packet type
+	hash      uint32
+	status    uint32
+}
+
+// Receive takes a frame, without FCS, from the network. The VF keeps nothing
+// of it. What the PF's filters let through is stored in the guest's memory,
+// or dropped, or kept until the guest provides descriptors; it is done when
+// Receive returns.
+func (v *VF) Receive(frame []byte) {
+	v.mu.Lock()
+	defer v.unlock()
+	if v.closed {
+		return
+	}
+	if !v.pf.vfre {
+		v.stats.RXDisabled++
+		return
+	}
+	if len(frame) < ethHeader {
+		v.stats.RXFiltered++
+		return
+	}
+	h := parse(frame)
+	if !v.pf.accepts(v.cfg, frame, h) {
+		v.stats.RXFiltered++
+		return
+	}
+	f := rxFrame{data: make([]byte, 0, max(len(frame), minFrame)), multicast: frame[0]&1 != 0}
+	f.data = append(f.data, frame...)
+	for len(f.data) < minFrame {
+		f.data = append(f.data, 0)
+	}
+	f.info, f.status = h.packetType(), h.verify(f.data)
+	q := v.selectQueue(&f, h)
+	ctl := v.regs[ixgbevf.VFRXDCTL(q)/4]
+	if ctl&ixgbevf.QueueEnable == 0 {
+		v.stats.RXDisabled++
+		return
+	}
+	if ctl&ixgbevf.RXDCTLVME != 0 && h.tagged {
+		f.tag, f.tagged = h.tag, true
+		f.status |= rxVP
+		f.data = append(f.data[:12], f.data[16:]...)
+	}
+	if v.buffered+len(f.data) > v.cfg.PacketBuffer {
+		v.stats.RXNoDescriptor++
+		return
+	}
+	v.buffered += len(f.data)
+	v.rx[q].waiting = append(v.rx[q].waiting, f)
+	v.drainRX(q)
+}
+
+// selectQueue spreads frames over the queues as VFPSRTYPE.RQPL asks for.
+func (v *VF) selectQueue(f *rxFrame, h headers) int {
+	queues := 1 << (v.regs[ixgbevf.VFPSRTYPE/4] >> psrtypeRQPL & 3)
+	if queues == 1 || len(v.rx) < queues {
+		return 0
+	}
+	hash, kind := h.rss(f.data)
+	if kind == 0 {
+		return 0
+	}
+	f.hash, f.info = hash, f.info|kind
+	return int(hash&(retaEntries-1)) % queues
+}
+
+// drainRX stores waiting frames for as long as there are descriptors.
+func (v *VF) drainRX(q int) {
+	queue := &v.rx[q]
+	queue.unmapped = false
+	if v.regs[ixgbevf.VFRXDCTL(q)/4]&ixgbevf.QueueEnable == 0 {
+		return
+	}
+	srrctl := v.regs[ixgbevf.VFSRRCTL(q)/4]
+	buffer := int(srrctl&srrctlBSizeMask) << 10
+	if buffer == 0 {
+		buffer = int(ixgbevf.SRRCTLDefault&srrctlBSizeMask) << 10
+	}
+	drop := v.pf.qde || srrctl&srrctlDropEn != 0
+	stored := false
+	for len(queue.waiting) > 0 {
+		f := &queue.waiting[0]
+		r := v.ringAt(ixgbevf.VFRDBAL(q))
+		need := (len(f.data) + buffer - 1) / buffer
+		if r.available() < need {
+			if !drop && need < int(r.size) {
+				break
+			}
+			v.stats.RXNoDescriptor++
+			v.dropFirst(q)
+			continue
+		}
+		if !v.store(r, f, need, buffer, srrctl>>srrctlDescShift&srrctlDescMask == descLegacy) {
+			queue.unmapped = true
+			v.retryLater()
+			break
+		}
+		v.retryDelay = 0
+		v.regs[ixgbevf.VFRDH(q)/4] = r.after(need)
+		v.countRX(f)
+		v.dropFirst(q)
+		stored = true
+	}
+	if stored {
+		v.queueCause(q, false)
+	}
+}
+
+// dropFirst takes the first waiting frame off the packet buffer.
+func (v *VF) dropFirst(q int) {
+	w := v.rx[q].waiting
+	v.buffered -= len(w[0].data)
+	w[0] = rxFrame{}
+	v.rx[q].waiting = w[1:]
+}
+
+func (v *VF) countRX(f *rxFrame) {
+	n := uint64(len(f.data))
+	if f.tagged {
+		n += vlanTag
+	}
+	v.stats.Received++
+	v.counters.GPRC++
+	v.counters.GORC += n
+	if f.multicast {
+		v.counters.MPRC++
+	}
+}
+
+// store writes a frame into need descriptors' buffers, then writes the
+// descriptors back. It reports false, with no descriptor consumed, if memory
+// was not mapped.
+func (v *VF) store(r ring, f *rxFrame, need, size int, legacy bool) bool {
+	rest := f.data
+	for i := range need {
+		var d [8]byte
+		if !v.dma(v.mem.ReadAt(r.at(i), d[:])) {
+			return false
+		}
+		n := min(size, len(rest))
+		if !v.dma(v.mem.WriteAt(binary.LittleEndian.Uint64(d[:]), rest[:n])) {
+			return false
+		}
+		rest = rest[n:]
+	}
+	left := len(f.data)
+	for i := range need {
+		n := min(size, left)
+		left -= n
+		d := f.writeBack(n, left == 0, legacy)
+		// Drivers look at the second quadword: it makes the rest valid.
+		if !v.dma(v.mem.WriteAt(r.at(i), d[:8])) || !v.dma(v.mem.WriteAt(r.at(i)+8, d[8:])) {
+			return false
+		}
+	}
+	return true
+}
+
+// writeBack makes the descriptor of n bytes of a frame.
+func (f *rxFrame) writeBack(n int, last, legacy bool) (d [descriptorSize]byte) {
+	status := uint32(rxDD)
+	tag := uint16(0)
+	if last {
+		status |= rxEOP | f.status
+		tag = f.tag
+	}
+	if legacy {
+		binary.LittleEndian.PutUint16(d[8:], uint16(n))
+		d[12] = byte(status)
+		d[13] = byte(status >> 24) // IPE and L4E have the same places
+		binary.LittleEndian.PutUint16(d[14:], tag)
+		return d
+	}
+	binary.LittleEndian.PutUint32(d[0:], f.info)
+	binary.LittleEndian.PutUint32(d[4:], f.hash)
+	binary.LittleEndian.PutUint32(d[8:], status)
+	binary.LittleEndian.PutUint16(d[12:], uint16(n))
+	binary.LittleEndian.PutUint16(d[14:], tag)
+	return d
+}
+
+// writeRX writes a register of a receive queue that is more than storage; it
+// reports false for the others.
+func (v *VF) writeRX(q int, inner, val uint32) bool {
+	ctl := ixgbevf.VFRXDCTL(q)
+	switch inner {
+	case ixgbevf.VFRDH(0) - ixgbevf.VFRDBAL(0):
+		v.writeHead(ixgbevf.VFRDH(q), ctl, val, v.cfg.WritableRXHead)
+	case ixgbevf.VFRDT(0) - ixgbevf.VFRDBAL(0):
+		v.regs[ixgbevf.VFRDT(q)/4] = val & 0xffff
+		v.drainRX(q)
+	case ixgbevf.VFRXDCTL(0) - ixgbevf.VFRDBAL(0):
+		was := v.regs[ctl/4]
+		v.regs[ctl/4] = val & v.spec[ctl/4].Mask &^ ixgbevf.QueueFlush
+		if was&ixgbevf.QueueEnable != 0 && val&ixgbevf.QueueEnable == 0 {
+			v.disableRX(q)
+		}
+	default:
+		return false
+	}
+	return true
+}
+
+// disableRX turns a receive queue off. Its share of the packet buffer is lost.
+func (v *VF) disableRX(q int) {
+	v.regs[ixgbevf.VFRXDCTL(q)/4] &^= ixgbevf.QueueEnable
+	for _, f := range v.rx[q].waiting {
+		v.buffered -= len(f.data)
+		v.stats.RXNoDescriptor++
+	}
+	v.rx[q] = rxQueue{}
+	if !v.cfg.HeadsPersistAcrossDisable {
+		v.regs[ixgbevf.VFRDH(q)/4] = 0
+	}
+}
