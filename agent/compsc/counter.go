@@ -1,0 +1,54 @@
+package compsc
+
+import "compsc.io/compsc/agent/family"
+
+// counter is one statistics counter as the guest sees it: the hardware's
+// value plus an offset, modulo its width.
+type counter struct {
+	family.Counter
+	offset uint64
+	// high is the upper half of the sample whose lower half the guest read
+	// last; latched until the guest has read it.
+	high    uint32
+	latched bool
+}
+
+func (c *counter) mask() uint64 { return 1<<c.Width - 1 }
+
+// sample reads the hardware's value. The lower half is read first and last:
+// where reading it latches the upper half, as drivers assume, all three are
+// of one moment, and elsewhere a wrap in between shows.
+func (v *VF) sample(c *counter) uint64 {
+	if c.High == 0 {
+		return uint64(v.b.Read(c.Low)) & c.mask()
+	}
+	low, high := v.b.Read(c.Low), v.b.Read(c.High)
+	if again := v.b.Read(c.Low); again < low {
+		low, high = again, v.b.Read(c.High)
+	}
+	return (uint64(high)<<32 | uint64(low)) & c.mask()
+}
+
+// value is what the guest would read.
+func (v *VF) value(c *counter) uint64 { return (v.sample(c) + c.offset) & c.mask() }
+
+// readCounter serves a guest's read of either half: the lower one takes a
+// sample, the upper one belongs to the sample taken before.
+func (v *VF) readCounter(c *counter, off uint32) uint32 {
+	if off == c.High && c.latched {
+		c.latched = false
+		return c.high
+	}
+	value := v.value(c)
+	if off == c.High {
+		return uint32(value >> 32)
+	}
+	c.high, c.latched = uint32(value>>32), c.High != 0
+	return uint32(value)
+}
+
+// rebase makes the guest see value from now on.
+func (v *VF) rebase(c *counter, value uint64) {
+	c.offset = (value - v.sample(c)) & c.mask()
+	c.latched = false
+}

@@ -1,0 +1,121 @@
+package compsc
+
+import (
+	"compsc.io/compsc/agent/family"
+)
+
+// GuestRead is a read of BAR0 by the guest. Registers the family does not
+// have, and bits they do not have, read 0. All ones mean that the device is
+// gone.
+func (v *VF) GuestRead(off uint32) uint32 {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	r, ok := v.regs[off]
+	if !ok || r.Access&family.Readable == 0 {
+		return 0
+	}
+	if c := v.counterAt[off]; c != nil {
+		return v.readCounter(c, off)
+	}
+	if off == v.box.Control {
+		return v.guestMailboxRead()
+	}
+	value := v.current(off)
+	if value == allOnes || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
+		return value
+	}
+	return value & r.Mask
+}
+
+// GuestWrite is a write to BAR0 by the guest. Writes to registers the family
+// does not have or that cannot be written are dropped, and bits they do not
+// have are written as 0.
+func (v *VF) GuestWrite(off, val uint32) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	r, ok := v.regs[off]
+	if !ok || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
+		return
+	}
+	val &= r.Mask
+	switch {
+	case off == v.resetReg && val&v.resetBit != 0:
+		v.resets.Add(1)
+		v.mail.resetAt = v.o.Clock.Now()
+		v.mail.resetting = true
+		v.afterReset(func() { v.b.Write(off, val) })
+	case off == v.box.Control:
+		v.guestMailboxWrite(val)
+	case v.held != nil && v.writeHeld(off, val):
+	default:
+		v.b.Write(off, val)
+	}
+}
+
+// FunctionReset resets the function by calling do, which has the backend do
+// it, and notes what that takes from the PF. It is for resets that do not go
+// through a register, such as a function-level reset of the virtual machine's
+// monitor, and is not counted among the guest's.
+func (v *VF) FunctionReset(do func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.afterReset(do)
+}
+
+// afterReset calls reset and brings the engine in line with it. The counters
+// of an 82599 survive a reset of the VF; those of a device that clears them
+// are rebased, so that the guest never sees one jump.
+func (v *VF) afterReset(reset func()) {
+	before := make([]uint64, len(v.counters))
+	for i, c := range v.counters {
+		before[i] = v.sample(c)
+	}
+	reset()
+	for i, c := range v.counters {
+		if after := v.sample(c); (after-before[i])&c.mask() > c.mask()/2 {
+			c.offset = (c.offset + before[i] - after) & c.mask()
+		}
+	}
+	v.log.Reset()
+	v.mail.request = nil
+	v.mail.readClear = 0
+	v.causes = 0
+	if v.held == nil {
+		return
+	}
+	v.held[v.irq.MaskSet] = 0
+	for _, q := range v.queues {
+		v.held[q.Ctl] &^= q.Enable
+	}
+}
+
+// writeHeld takes a write that reaches the VF while it is quiesced: QEMU may
+// still have had it on its way. It reports false for a register that the
+// quiesce left alone.
+func (v *VF) writeHeld(off, val uint32) bool {
+	switch off {
+	case v.irq.MaskSet:
+		v.held[off] |= val
+		return true
+	case v.irq.MaskClear:
+		v.held[v.irq.MaskSet] &^= val
+		return true
+	case v.irq.CauseSet:
+		v.causes |= val
+		return true
+	}
+	if _, ok := v.heads[off]; ok {
+		v.heads[off] = val
+		return false
+	}
+	if _, ok := v.held[off]; !ok {
+		return false
+	}
+	for _, q := range v.queues {
+		if off == q.Ctl {
+			val &^= q.Flush
+		}
+	}
+	v.held[off] = val
+	return true
+}

@@ -1,0 +1,227 @@
+package compsc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"compsc.io/compsc/agent/family"
+)
+
+// Quiesce stops the VF: interrupts masked, every queue off with its
+// descriptors written back, and nothing under way in the mailbox. The guest
+// must be stopped; of accesses that still arrive, those that would start
+// something are kept for later. It is idempotent. On error the VF runs as
+// before, and if not even that could be had, the error says so.
+func (v *VF) Quiesce(ctx context.Context) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.held != nil {
+		return nil
+	}
+	v.held, v.heads = make(map[uint32]uint32), make(map[uint32]uint32)
+	err := v.stop(ctx)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("quiesce: %w", err)
+	undo, cancel := v.undoContext(ctx)
+	defer cancel()
+	if undoErr := v.resume(undo); undoErr != nil {
+		err = errors.Join(err, fmt.Errorf("the VF may not run any more: %w", undoErr))
+	}
+	return err
+}
+
+// stop does the work of Quiesce and leaves what it changed in held.
+func (v *VF) stop(ctx context.Context) error {
+	mask := v.b.Read(v.irq.MaskSet)
+	if mask == allOnes {
+		return ErrGone
+	}
+	v.held[v.irq.MaskSet] = mask & v.irq.All
+	v.b.Write(v.irq.MaskClear, v.irq.All)
+	for _, q := range v.queues {
+		ctl := v.b.Read(q.Ctl)
+		if ctl == allOnes {
+			return ErrGone
+		}
+		v.held[q.Ctl] = ctl &^ q.Flush
+		v.held[q.Tail] = v.b.Read(q.Tail)
+		if err := v.drain(ctx, q, ctl); err != nil {
+			return err
+		}
+		if err := v.turnOff(ctx, q, ctl); err != nil {
+			return err
+		}
+		v.heads[q.Head] = v.b.Read(q.Head)
+	}
+	if _, err := v.settleMailbox(ctx); err != nil {
+		return err
+	}
+	v.causes |= v.b.Read(v.irq.Cause) & v.irq.All
+	return nil
+}
+
+// drain waits for a transmit queue to run empty. One that does not, say
+// because the link is down, is no error: what the device has not taken is
+// still in the ring, and the target will send it.
+func (v *VF) drain(ctx context.Context, q family.Queue, ctl uint32) error {
+	if q.Direction != family.TX || ctl&q.Enable == 0 {
+		return nil
+	}
+	err := v.poll(ctx, v.o.DrainTimeout, queueName(q)+" is empty", func() (bool, error) {
+		head := v.b.Read(q.Head)
+		if head == allOnes {
+			return false, ErrGone
+		}
+		return head == v.held[q.Tail], nil
+	})
+	if errors.Is(err, errTimeout) {
+		v.o.Logger.Warn("a transmit queue did not run empty; its rest is left to the target",
+			"queue", q.Index, "head", v.b.Read(q.Head), "tail", v.held[q.Tail])
+		return nil
+	}
+	return err
+}
+
+// turnOff disables a queue and waits until it is off; only then the head
+// holds still. A transmit queue is told to write its descriptors back with
+// the same write, as the Linux driver does.
+func (v *VF) turnOff(ctx context.Context, q family.Queue, ctl uint32) error {
+	if ctl&q.Enable == 0 {
+		return nil
+	}
+	off := ctl &^ (q.Enable | q.Flush)
+	if q.Direction == family.TX {
+		v.b.Write(q.Ctl, off|q.Flush)
+	} else {
+		v.b.Write(q.Ctl, off)
+	}
+	if err := v.awaitBits(ctx, v.o.QueueTimeout, queueName(q)+" is off", q.Ctl, q.Enable, 0); err != nil {
+		return err
+	}
+	if q.Flush != 0 && v.b.Read(q.Ctl)&q.Flush != 0 {
+		v.b.Write(q.Ctl, off) // a device that does not clear the bit by itself
+	}
+	return nil
+}
+
+// Unquiesce makes a quiesced VF run exactly as before: queues on at the heads
+// where they stopped, tails and interrupt mask back, causes raised that came
+// up meanwhile. It does nothing to a VF that runs. After an error the VF
+// counts as running, as far as it does.
+func (v *VF) Unquiesce(ctx context.Context) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.held == nil {
+		return nil
+	}
+	if err := v.resume(ctx); err != nil {
+		return fmt.Errorf("unquiesce: %w", err)
+	}
+	return nil
+}
+
+// resume puts back what is in held, and goes on after a failure: a queue that
+// runs is better than none.
+func (v *VF) resume(ctx context.Context) error {
+	var errs []error
+	for _, q := range v.startOrder() {
+		if ctl, ok := v.held[q.Ctl]; ok {
+			errs = append(errs, v.resumeQueue(ctx, q, ctl))
+		}
+	}
+	v.b.Write(v.irq.MaskSet, v.held[v.irq.MaskSet])
+	v.held, v.heads = nil, nil
+	v.raise()
+	return errors.Join(errs...)
+}
+
+func (v *VF) resumeQueue(ctx context.Context, q family.Queue, ctl uint32) error {
+	head, stopped := v.heads[q.Head]
+	switch {
+	case ctl&q.Enable == 0 || !stopped:
+		// It was off before, or it failed to turn off.
+		if v.b.Read(q.Ctl) != ctl {
+			v.b.Write(q.Ctl, ctl)
+		}
+	default:
+		if err := v.setHead(q, head); err != nil {
+			return err
+		}
+		if err := v.turnOn(ctx, q, ctl, head, v.held[q.Tail]); err != nil {
+			return err
+		}
+	}
+	if tail := v.held[q.Tail]; v.b.Read(q.Tail) != tail || stopped && ctl&q.Enable != 0 {
+		v.b.Write(q.Tail, tail)
+	}
+	return nil
+}
+
+// startOrder lists the queues in the order they are turned on: transmit
+// queues first, so that what is received can be answered.
+func (v *VF) startOrder() []family.Queue {
+	order := make([]family.Queue, 0, len(v.queues))
+	for _, d := range []family.Direction{family.TX, family.RX} {
+		for _, q := range v.queues {
+			if q.Direction == d {
+				order = append(order, q)
+			}
+		}
+	}
+	return order
+}
+
+// setHead writes the head of a queue that is off, unless it is there already,
+// and verifies it: whether an 82599 takes it is not certain.
+func (v *VF) setHead(q family.Queue, head uint32) error {
+	if v.b.Read(q.Head) == head {
+		return nil
+	}
+	v.b.Write(q.Head, head)
+	return v.verifyHead(q, head, "once written")
+}
+
+func (v *VF) verifyHead(q family.Queue, head uint32, when string) error {
+	switch got := v.b.Read(q.Head); got {
+	case head:
+		return nil
+	case allOnes:
+		return ErrGone
+	default:
+		return &IncompatibleError{Reason: ReasonHeadNotRestorable,
+			Message: fmt.Sprintf("%s: the head must be %d but reads %d %s", queueName(q), head, got, when)}
+	}
+}
+
+// turnOn enables a queue that is off at head and waits until it is on. The
+// tail is put on the head for that time: the ring is empty then, and the head
+// must stand still. A device that ignores its tail while the queue is off is
+// accepted only if it has the wanted one; any other would make it use
+// descriptors that are not its own.
+func (v *VF) turnOn(ctx context.Context, q family.Queue, ctl, head, tail uint32) error {
+	v.b.Write(q.Tail, head)
+	there := v.b.Read(q.Tail)
+	if there != head && there != tail {
+		return &IncompatibleError{Reason: ReasonHeadNotRestorable,
+			Message: fmt.Sprintf("%s: the tail was written as %d but reads %d while the queue is off", queueName(q), head, there)}
+	}
+	v.b.Write(q.Ctl, ctl&^q.Flush|q.Enable)
+	if err := v.awaitBits(ctx, v.o.QueueTimeout, queueName(q)+" is on", q.Ctl, q.Enable, q.Enable); err != nil {
+		return err
+	}
+	if there != head {
+		return nil // it runs already
+	}
+	return v.verifyHead(q, head, "once the queue is on")
+}
+
+// raise raises the causes that were taken from the device.
+func (v *VF) raise() {
+	if v.causes != 0 {
+		v.b.Write(v.irq.CauseSet, v.causes)
+		v.causes = 0
+	}
+}

@@ -1,0 +1,191 @@
+package compsc
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+
+	"compsc.io/compsc/agent/compsc/statepb"
+	"compsc.io/compsc/agent/family"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// goldenState has a value in every field.
+func goldenState() *State {
+	return &State{
+		Family: "ixgbevf", VendorID: 0x8086, DeviceID: 0x10ed,
+		MigrationUID: "0b5a7a1e-6c0c-4f0e-9d0b-0d8a4f2f9a11", Interface: "net1", Epoch: 7,
+		Registers: []RegValue{{0x110, 3}, {0x120, 0x8080}, {0x1000, 0xfffff000}},
+		Queues: []QueueState{{family.RX, 0, 5, 250, true}, {family.RX, 1, 0, 0, false},
+			{family.TX, 0, 17, 20, true}, {family.TX, 1, 0, 0, false}},
+		Counters: []CounterValue{{0x101c, 1 << 31}, {0x1020, 1<<36 - 1}},
+		Mailbox:  MailboxState{Memory: []uint32{0x80000005, 0, 0xffffffff}, ReadClear: 0x30, Held: true},
+		Log:      []byte{1, 0}, Causes: 2,
+		PCIConfig: []byte{0x86, 0x80, 0xed, 0x10}, MSIXTable: []byte{0, 0, 0xe0, 0xfe},
+	}
+}
+
+func TestStateRoundTrip(t *testing.T) {
+	b, err := goldenState().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(goldenState(), got); diff != "" {
+		t.Errorf("decoded differently (-want +got):\n%s", diff)
+	}
+	again, err := got.Encode()
+	if err != nil || !bytes.Equal(b, again) {
+		t.Errorf("encoded differently the second time: %v", err)
+	}
+}
+
+// A state written by this version must be readable by every later release.
+func TestDecodeGolden(t *testing.T) {
+	path := filepath.Join("testdata", "state-v1.bin")
+	if *update {
+		b, err := goldenState().Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Decode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(goldenState(), got); diff != "" {
+		t.Errorf("golden file decoded differently (-want +got):\n%s", diff)
+	}
+}
+
+// envelope wraps any body.
+func envelope(version uint32, body []byte) []byte {
+	b := binary.BigEndian.AppendUint32([]byte(stateMagic), version)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(body)))
+	sum := sha256.Sum256(body)
+	return append(append(b, sum[:]...), body...)
+}
+
+func marshal(t *testing.T, p *statepb.State) []byte {
+	t.Helper()
+	b, err := proto.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestDecodeRefuses(t *testing.T) {
+	good, err := goldenState().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := func(at int) []byte {
+		b := bytes.Clone(good)
+		b[at] ^= 1
+		return b
+	}
+	unknown := []byte{0x98, 0x06, 0x01} // field 99, varint 1
+	for _, tc := range []struct {
+		name string
+		b    []byte
+		text string
+	}{
+		{"nothing", nil, "less than an envelope"},
+		{"too large", make([]byte, MaxStateSize+1), "at most"},
+		{"other magic", changed(0), "not the state of a VF"},
+		{"newer version", envelope(2, nil), "newer"},
+		{"version 0", envelope(0, nil), "version 0 is unknown"},
+		{"length", changed(11), "envelope says"},
+		{"checksum", changed(12), "checksum"},
+		{"body", changed(len(good) - 1), "checksum"},
+		{"cut", good[:len(good)-1], "envelope says"},
+		{"longer", append(bytes.Clone(good), 0), "envelope says"},
+		{"no protobuf", envelope(1, []byte{0xff}), "decode state"},
+		{"unknown field", envelope(1, unknown), "does not know"},
+		{"unknown field within", envelope(1, append([]byte{0x3a, byte(len(unknown))}, unknown...)), "does not know"},
+		{"device id", envelope(1, marshal(t, &statepb.State{DeviceId: 1 << 16})), "device id"},
+		{"long name", envelope(1, marshal(t, &statepb.State{Interface: strings.Repeat("x", 254)})), "interface"},
+		{"registers out of order", envelope(1, marshal(t, &statepb.State{
+			Registers: []*statepb.Register{{Offset: 8}, {Offset: 8}}})), "ascend"},
+		{"queue index", envelope(1, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Index: 64}}})), "queue index"},
+		{"queues", envelope(1, marshal(t, &statepb.State{Queues: make([]*statepb.Queue, 65)})), "queues"},
+		{"counters", envelope(1, marshal(t, &statepb.State{Counters: make([]*statepb.Counter, 65)})), "counters"},
+		{"mailbox", envelope(1, marshal(t, &statepb.State{Mailbox: &statepb.Mailbox{Memory: make([]uint32, 65)}})), "mailbox words"},
+		{"record", envelope(1, marshal(t, &statepb.State{Log: make([]byte, maxLogSize+1)})), "mailbox record"},
+		{"configuration", envelope(1, marshal(t, &statepb.State{PciConfig: make([]byte, maxPCIConfig+1)})), "PCI configuration"},
+		{"MSI-X table", envelope(1, marshal(t, &statepb.State{MsixTable: make([]byte, maxMSIXTable+1)})), "MSI-X table"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s, err := Decode(tc.b)
+			if err == nil || !strings.Contains(err.Error(), tc.text) {
+				t.Errorf("decoded %+v, error %v, want one with %q", s, err, tc.text)
+			}
+		})
+	}
+}
+
+func TestEncodeRefusesWhatDecodeWould(t *testing.T) {
+	s := goldenState()
+	s.Log = make([]byte, maxLogSize+1)
+	if _, err := s.Encode(); err == nil || !strings.Contains(err.Error(), "mailbox record") {
+		t.Errorf("error %v, want one on the mailbox record", err)
+	}
+	s = goldenState()
+	s.Log, s.PCIConfig, s.MSIXTable = make([]byte, maxLogSize), make([]byte, maxPCIConfig), make([]byte, maxMSIXTable)
+	s.Registers = nil
+	for i := range maxRegisters {
+		s.Registers = append(s.Registers, RegValue{uint32(1<<28 + i), 1})
+	}
+	if _, err := s.Encode(); err == nil || !strings.Contains(err.Error(), "at most 65536") {
+		t.Errorf("error %v, want one on the size", err)
+	}
+}
+
+// Whatever Decode accepts comes out the same after another round.
+func FuzzDecode(f *testing.F) {
+	good, err := goldenState().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good[envelopeSize:])
+	f.Add([]byte{})
+	f.Add([]byte{0x3a, 0x05, 0x08, 0x01, 0x15, 0, 0})
+	f.Fuzz(func(t *testing.T, body []byte) {
+		_, _ = Decode(body) // as it is: must not panic
+		s, err := Decode(envelope(stateVersion, body))
+		if err != nil {
+			return
+		}
+		b, err := s.Encode()
+		if err != nil {
+			t.Fatalf("decoded but not encoded: %v", err)
+		}
+		again, err := Decode(b)
+		if err != nil {
+			t.Fatalf("encoded but not decoded: %v", err)
+		}
+		if diff := cmp.Diff(s, again); diff != "" {
+			t.Errorf("different after another round:\n%s", diff)
+		}
+	})
+}
