@@ -1,0 +1,553 @@
+package device
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"compsc.io/compsc/agent/compsc"
+	pb "compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/qemu"
+	"compsc.io/compsc/agent/vfiouser"
+)
+
+// iface is one interface of the VM with its VF. Its lifetime is the process's;
+// the VF is attached once and stays.
+type iface struct {
+	cfg    InterfaceConfig
+	p      *process
+	log    *slog.Logger
+	server *vfiouser.Server
+	memory vfiouser.Memory
+	pages  pageSet
+
+	// driverSeen turns true with the guest's first access after watchDriver.
+	driverSeen atomic.Bool
+	watching   atomic.Bool
+
+	mu      sync.Mutex
+	vf      *attachedVF // nil until attached
+	config  *pciConfig
+	vectors []*vfiouser.Eventfd // nil entries: not connected
+	missed  []bool              // fired while not connected
+	running chan struct{}       // closed while the VF runs; open while it is stopped
+}
+
+// attachedVF is a VF with what drives it.
+type attachedVF struct {
+	handoff handoff.Handoff
+	device  deviceType
+	silicon silicon
+	engine  *compsc.VF
+	// caps is what Probe found; set by judge, under the process's switchMu.
+	caps compsc.Capabilities
+}
+
+// newIface makes the interface and its vfio-user socket.
+func newIface(p *process, cfg InterfaceConfig, log *slog.Logger) (*iface, error) {
+	i := &iface{cfg: cfg, p: p, log: log, running: make(chan struct{})}
+	close(i.running)
+	var err error
+	i.server, err = vfiouser.Listen(p.path(cfg.Name+SocketSuffix), i, vfiouser.Options{Logger: log})
+	return i, err
+}
+
+func (i *iface) attached() bool { return i.get() != nil }
+
+func (i *iface) get() *attachedVF {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.vf
+}
+
+// attach builds what drives the VF. It owns files. Repeating what is attached
+// already changes nothing.
+func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
+	if have := i.get(); have != nil {
+		handoff.CloseAll(files)
+		if have.handoff != h {
+			return fmt.Errorf("interface %s has VF %s at epoch %d already and does not take VF %s at epoch %d", h.Interface, have.handoff.VF, have.handoff.Epoch, h.VF, h.Epoch)
+		}
+		return nil
+	}
+	dt, err := deviceTypeFor(h)
+	if err != nil {
+		handoff.CloseAll(files)
+		return err
+	}
+	if h.MAC != "" {
+		if _, err := net.ParseMAC(h.MAC); err != nil {
+			handoff.CloseAll(files)
+			return fmt.Errorf("VF %s: MAC: %w", h.VF, err)
+		}
+	}
+	s, err := openSilicon(h, dt, files, tracked{&i.memory, &i.pages}, i.fire, i.log)
+	if err != nil {
+		return fmt.Errorf("VF %s: %w", h.VF, err)
+	}
+	vf := &attachedVF{handoff: h, device: dt, silicon: s}
+	vf.engine = compsc.New(dt.family, s, compsc.Options{VendorID: dt.vendor, DeviceID: dt.device, Logger: i.log})
+	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
+	defer cancel()
+	// A VF may come with what a previous tenant left in it.
+	if err := vf.engine.Scrub(ctx); err != nil {
+		s.Close()
+		return fmt.Errorf("VF %s: %w", h.VF, err)
+	}
+	n := dt.family.Interrupts().Vectors
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.vf = vf
+	i.config = newPCIConfig(dt.vendor, dt.device, n)
+	i.vectors = make([]*vfiouser.Eventfd, n)
+	i.missed = make([]bool, n)
+	i.log.Info("VF attached", "vf", h.VF, "role", h.Role, "epoch", h.Epoch)
+	return nil
+}
+
+func (i *iface) epoch() uint64 {
+	if vf := i.get(); vf != nil {
+		return vf.handoff.Epoch
+	}
+	return 0
+}
+
+// close ends the VF's use: nothing is enabled afterwards.
+func (i *iface) close() {
+	i.silence()
+	if vf := i.get(); vf != nil {
+		vf.silicon.Close()
+	}
+	i.disconnectVectors()
+	if err := i.memory.Close(); err != nil {
+		i.log.Error("guest memory stays mapped", "error", err)
+	}
+	if err := i.server.Close(); err != nil {
+		i.log.Error("vfio-user socket stays open", "error", err)
+	}
+}
+
+// silence stops the VF for good, or until it is restored.
+func (i *iface) silence() {
+	vf := i.get()
+	if vf == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
+	defer cancel()
+	if err := vf.engine.Scrub(ctx); err != nil {
+		i.p.fail(fmt.Errorf("interface %s: VF %s could not be silenced: %w", i.cfg.Name, vf.handoff.VF, err))
+	}
+	i.setRunning(true)
+}
+
+// pciState reads what QEMU holds of the VF. Its reply comes behind every
+// posted doorbell that QEMU sent before, so it also tells that they arrived.
+func (i *iface) pciState(ctx context.Context) (qemu.PCIState, error) {
+	i.mu.Lock()
+	config, n := i.config.legacy(), len(i.vectors)
+	i.mu.Unlock()
+	table, err := qemu.ReadTable(ctx, i.server, config, n)
+	return qemu.PCIState{Config: config, MSIX: table}, err
+}
+
+// describe tells the target what it must know before pre-copy.
+func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
+	vf := i.get()
+	if vf == nil {
+		return nil, errors.New("no VF attached")
+	}
+	if !i.server.Connected() {
+		return nil, errors.New("QEMU is not connected to the VF")
+	}
+	s, err := i.pciState(ctx)
+	if err != nil {
+		return nil, err
+	}
+	sum := vf.engine.Summary()
+	return &pb.SourceInterface{
+		Name:                i.cfg.Name,
+		Family:              vf.device.family.Name(),
+		VendorId:            uint32(vf.device.vendor),
+		DeviceId:            uint32(vf.device.device),
+		Mac:                 vf.handoff.MAC,
+		MailboxApi:          sum.API,
+		MulticastFilterType: sum.MulticastFilterType,
+		NeedsHeadRestore:    vf.engine.HeadsInUse(),
+		PciConfig:           s.Config,
+		MsixTable:           s.MSIX,
+		NotMigratable:       sum.NotMigratable,
+	}, nil
+}
+
+// judge tells whether the VF here can take over the described one.
+func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
+	vf := i.get()
+	if vf == nil {
+		return errors.New("no VF attached")
+	}
+	dt := vf.device
+	if src.Family != dt.family.Name() || src.VendorId != uint32(dt.vendor) || src.DeviceId != uint32(dt.device) {
+		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
+			"the source's VF is %04x:%04x (%s), the target's %04x:%04x (%s): choose a node with VFs of the same kind",
+			src.VendorId, src.DeviceId, src.Family, dt.vendor, dt.device, dt.family.Name())}
+	}
+	if src.Mac != vf.handoff.MAC {
+		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
+			"the source's VF has MAC %q, the target's was given %q: check the target pod's network annotation", src.Mac, vf.handoff.MAC)}
+	}
+	if err := (qemu.PCIState{Config: src.PciConfig, MSIX: src.MsixTable}).Valid(dt.family.Interrupts().Vectors); err != nil {
+		return &compsc.IncompatibleError{Reason: "Incompatible", Message: err.Error()}
+	}
+	caps, err := vf.engine.Probe(ctx)
+	if err != nil {
+		return err
+	}
+	vf.caps = caps
+	return compsc.CheckSummary(dt.family, summaryOf(src), src.NeedsHeadRestore, caps)
+}
+
+// check judges a captured state.
+func (i *iface) check(s *compsc.State) error {
+	vf := i.get()
+	if vf == nil {
+		return errors.New("no VF attached")
+	}
+	if err := (qemu.PCIState{Config: s.PCIConfig, MSIX: s.MSIXTable}).Valid(vf.device.family.Interrupts().Vectors); err != nil {
+		return err
+	}
+	return vf.engine.Check(s, vf.caps)
+}
+
+func (i *iface) quiesce(ctx context.Context) error {
+	if err := i.get().engine.Quiesce(ctx); err != nil {
+		return err
+	}
+	i.setRunning(false)
+	return nil
+}
+
+func (i *iface) unquiesce() error {
+	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
+	defer cancel()
+	defer i.setRunning(true)
+	return i.get().engine.Unquiesce(ctx)
+}
+
+// capture reads the state of a quiet VF.
+func (i *iface) capture(ctx context.Context, pci qemu.PCIState) (*compsc.State, error) {
+	vf := i.get()
+	s, err := vf.engine.Capture(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("capture: %w", err)
+	}
+	s.Interface = i.cfg.Name
+	s.PCIConfig, s.MSIXTable = pci.Config, pci.MSIX
+	return s, nil
+}
+
+// restore brings the state into the silent VF, which runs afterwards, and
+// tells the network that the guest's MAC is here now.
+func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRestore, error) {
+	vf := i.get()
+	r, err := vf.engine.Restore(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	if mac := vf.engine.Summary().MAC; len(mac) == 6 {
+		if err := vf.silicon.Announce(announcement(mac)); err != nil {
+			// The guest's first frame will tell as well.
+			i.log.Warn("the MAC could not be announced", "error", err)
+		}
+	}
+	return &pb.InterfaceRestore{
+		Name:               i.cfg.Name,
+		ReplayedOperations: uint32(r.ReplayedOperations),
+		HeadsStrategy:      r.HeadsStrategy,
+	}, nil
+}
+
+// markPages has QEMU mark each page that the device wrote as dirty, by
+// writing one byte of it unchanged, and returns how many there were. DMA
+// through the shared mapping leaves no trace in QEMU's migration bitmap.
+func (i *iface) markPages(ctx context.Context) (uint64, error) {
+	var n uint64
+	var b [1]byte
+	pages := i.pages.addresses()
+	if len(pages) == 0 {
+		return 0, nil
+	}
+	for _, addr := range pages {
+		if err := i.memory.ReadAt(addr, b[:]); err != nil {
+			return n, fmt.Errorf("page %#x: %w", addr, err)
+		}
+		if err := i.server.PostWrite(addr, b[:]); err != nil {
+			return n, fmt.Errorf("page %#x: %w", addr, err)
+		}
+		n++
+	}
+	return n, i.server.Fence(ctx, pages[0])
+}
+
+func (i *iface) setRunning(on bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	select {
+	case <-i.running:
+		if !on {
+			i.running = make(chan struct{})
+		}
+	default:
+		if on {
+			close(i.running)
+		}
+	}
+}
+
+// watchDriver waits for the guest's next access to the VF.
+func (i *iface) watchDriver() {
+	i.driverSeen.Store(false)
+	i.watching.Store(true)
+}
+
+// stoppedAccess bounds how long an access of the guest waits for a stopped VF
+// to run: the VM resumed a moment before the VF.
+const stoppedAccess = 2 * time.Second
+
+// touched is called before each access of the guest.
+func (i *iface) touched() {
+	if i.watching.Load() && i.watching.CompareAndSwap(true, false) {
+		i.driverSeen.Store(true)
+		i.p.set(func() {})
+	}
+	i.mu.Lock()
+	ch := i.running
+	i.mu.Unlock()
+	select {
+	case <-ch:
+		return
+	default:
+	}
+	// The VM runs although the VF is stopped: its migration has failed, and
+	// QEMU's event is still on its way or the monitor is gone.
+	go i.p.resumed()
+	select {
+	case <-ch:
+	case <-time.After(stoppedAccess):
+		i.log.Error("the guest uses a VF that is stopped")
+	}
+}
+
+// fire raises a vector.
+func (i *iface) fire(vector int) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if vector < 0 || vector >= len(i.vectors) {
+		return
+	}
+	if fd := i.vectors[vector]; fd == nil {
+		i.missed[vector] = true
+	} else if err := fd.Signal(); err != nil {
+		i.log.Error("interrupt lost", "vector", vector, "error", err)
+	}
+}
+
+// fireAll raises every connected vector once.
+func (i *iface) fireAll() {
+	if vf := i.get(); vf != nil {
+		vf.engine.Kick()
+	}
+	i.mu.Lock()
+	n := len(i.vectors)
+	i.mu.Unlock()
+	for v := range n {
+		i.fire(v)
+	}
+}
+
+func (i *iface) disconnectVectors() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for v, fd := range i.vectors {
+		if fd != nil {
+			fd.Close()
+		}
+		i.vectors[v] = nil
+	}
+}
+
+// Info implements vfiouser.Device.
+func (i *iface) Info() vfiouser.Info {
+	const rw = vfiouser.RegionReadable | vfiouser.RegionWritable
+	size, n := uint64(0), 0
+	if vf := i.get(); vf != nil {
+		size, n = uint64(vf.device.family.BARSize()), vf.device.family.Interrupts().Vectors
+	}
+	return vfiouser.Info{
+		Regions: []vfiouser.Region{
+			{Index: vfiouser.RegionBAR0, Size: size, Flags: rw},
+			{Index: vfiouser.RegionBAR3, Size: size, Flags: rw},
+			{Index: vfiouser.RegionConfig, Size: configSize, Flags: rw},
+		},
+		IRQs: []vfiouser.IRQ{
+			{Index: vfiouser.IRQIndexMSIX, Count: uint32(n), Flags: vfiouser.IRQEventfd},
+			{Index: vfiouser.IRQIndexError, Count: 1, Flags: vfiouser.IRQEventfd},
+			{Index: vfiouser.IRQIndexRequest, Count: 1, Flags: vfiouser.IRQEventfd},
+		},
+	}
+}
+
+// Connected implements vfiouser.Device.
+func (i *iface) Connected() {
+	i.log.Info("QEMU connected")
+	i.p.connected()
+}
+
+// Disconnected implements vfiouser.Device.
+func (i *iface) Disconnected(reason error) {
+	i.log.Info("QEMU disconnected", "reason", reason)
+	i.disconnectVectors()
+	if err := i.memory.Unmap(vfiouser.DMAUnmap{All: true}); err != nil {
+		i.log.Error("guest memory stays mapped", "error", err)
+	}
+	i.p.disconnected(i)
+}
+
+// Reset implements vfiouser.Device: a function-level reset. QEMU resets the
+// device at its start and with the machine; a VF that waits for its state, or
+// is stopped, has nothing to reset.
+func (i *iface) Reset() error {
+	vf := i.get()
+	if vf == nil {
+		return nil
+	}
+	if phase, _ := i.p.current(); phase != pb.Phase_PHASE_RUNNING && phase != pb.Phase_PHASE_SOURCE_PREPARED {
+		return nil
+	}
+	vf.engine.FunctionReset(vf.silicon.FLR)
+	return nil
+}
+
+// RegionRead implements vfiouser.Device.
+func (i *iface) RegionRead(region uint32, off uint64, p []byte) error {
+	switch region {
+	case vfiouser.RegionConfig:
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if i.config == nil {
+			return errors.New("no VF attached")
+		}
+		i.config.read(off, p)
+	case vfiouser.RegionBAR0:
+		vf := i.get()
+		if vf == nil {
+			return errors.New("no VF attached")
+		}
+		i.touched()
+		return eachDword(off, p, func(o uint32, b []byte) {
+			binary.LittleEndian.PutUint32(b, vf.engine.GuestRead(o))
+		})
+	default:
+		// BAR3: QEMU serves the MSI-X table itself; no bit is ever pending.
+		clear(p)
+	}
+	return nil
+}
+
+// RegionWrite implements vfiouser.Device.
+func (i *iface) RegionWrite(region uint32, off uint64, p []byte) error {
+	switch region {
+	case vfiouser.RegionConfig:
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if i.config == nil {
+			return errors.New("no VF attached")
+		}
+		i.config.write(off, p)
+	case vfiouser.RegionBAR0:
+		vf := i.get()
+		if vf == nil {
+			return errors.New("no VF attached")
+		}
+		i.touched()
+		return eachDword(off, p, func(o uint32, b []byte) {
+			vf.engine.GuestWrite(o, binary.LittleEndian.Uint32(b))
+		})
+	}
+	return nil
+}
+
+// eachDword splits an access to the registers, which are 32 bits wide. Other
+// widths and unaligned accesses have no defined meaning on the VF.
+func eachDword(off uint64, p []byte, f func(off uint32, b []byte)) error {
+	if off%4 != 0 || len(p)%4 != 0 {
+		return fmt.Errorf("register access of %d bytes at %#x is not of whole aligned dwords", len(p), off)
+	}
+	for o := 0; o < len(p); o += 4 {
+		f(uint32(off)+uint32(o), p[o:o+4])
+	}
+	return nil
+}
+
+// SetIRQs implements vfiouser.Device.
+func (i *iface) SetIRQs(r vfiouser.IRQRequest) error {
+	if r.Index != vfiouser.IRQIndexMSIX {
+		// Error and request interrupts are never raised.
+		for _, fd := range r.Eventfds {
+			fd.Close()
+		}
+		return nil
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	start, end := int(r.Start), int(r.Start)+int(r.Count)
+	if r.Op == vfiouser.IRQDisable {
+		start, end = 0, len(i.vectors)
+	}
+	if end > len(i.vectors) {
+		for _, fd := range r.Eventfds {
+			fd.Close()
+		}
+		return fmt.Errorf("vectors %d to %d, the VF has %d", start, end-1, len(i.vectors))
+	}
+	for v := start; v < end; v++ {
+		switch r.Op {
+		case vfiouser.IRQAssign, vfiouser.IRQDeassign, vfiouser.IRQDisable:
+			if old := i.vectors[v]; old != nil {
+				old.Close()
+				i.vectors[v] = nil
+			}
+			if r.Op != vfiouser.IRQAssign {
+				continue
+			}
+			i.vectors[v] = r.Eventfds[v-start]
+			if i.missed[v] {
+				i.missed[v] = false
+				if err := i.vectors[v].Signal(); err != nil {
+					i.log.Error("interrupt lost", "vector", v, "error", err)
+				}
+			}
+		case vfiouser.IRQTrigger:
+			if fd := i.vectors[v]; fd != nil {
+				if err := fd.Signal(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// DMAMap implements vfiouser.Device.
+func (i *iface) DMAMap(m vfiouser.DMAMap) error { return i.memory.Map(m) }
+
+// DMAUnmap implements vfiouser.Device.
+func (i *iface) DMAUnmap(u vfiouser.DMAUnmap) error { return i.memory.Unmap(u) }

@@ -1,0 +1,131 @@
+package device
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"compsc.io/compsc/agent/compsc"
+	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/ixgbevf"
+	"compsc.io/compsc/agent/model"
+	"compsc.io/compsc/agent/vfiouser"
+)
+
+// silicon is a VF's registers, whatever stands behind them.
+type silicon interface {
+	compsc.Backend
+	// FLR is a function-level reset.
+	FLR()
+	// Announce sends a frame on the VF's network, past the guest's rings.
+	Announce(frame []byte) error
+	// Close ends the use of the VF and closes its descriptors.
+	Close()
+}
+
+// deviceType is what a PCI id says.
+type deviceType struct {
+	vendor, device uint16
+	family         family.Family
+}
+
+const vendorIntel = 0x8086
+
+// deviceTypes lists the VFs that can be mediated, by vendor:device.
+var deviceTypes = map[string]deviceType{
+	"8086:10ed": {vendorIntel, 0x10ed, ixgbevf.New(modelQueuePairs)},
+}
+
+// modelQueuePairs is the number of queue pairs of an 82599 VF when the PF
+// runs 64 pools, which is how Linux's driver sets it up for up to 63 VFs.
+const modelQueuePairs = 2
+
+func deviceTypeFor(h handoff.Handoff) (deviceType, error) {
+	dt, ok := deviceTypes[h.DeviceID]
+	if !ok {
+		return deviceType{}, fmt.Errorf("VF %s is a %s, which no family describes: only 8086:10ed (82599 VF) is known", h.VF, h.DeviceID)
+	}
+	if h.Family != "" && h.Family != dt.family.Name() {
+		return deviceType{}, fmt.Errorf("VF %s is a %s of family %s, not %s", h.VF, h.DeviceID, dt.family.Name(), h.Family)
+	}
+	return dt, nil
+}
+
+// tracked is the guest's memory as the device writes it: each page written is
+// recorded.
+type tracked struct {
+	*vfiouser.Memory
+	pages *pageSet
+}
+
+// WriteAt writes guest memory at a guest-physical address.
+func (t tracked) WriteAt(addr uint64, p []byte) error {
+	// Recorded first: a page recorded in vain costs a byte on the wire, one
+	// missed costs the guest's data.
+	t.pages.add(addr, len(p))
+	return t.Memory.WriteAt(addr, p)
+}
+
+// openSilicon opens the VF's backend; it owns files.
+func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem tracked, irq func(int), log *slog.Logger) (silicon, error) {
+	if h.Backend != handoff.BackendModel {
+		handoff.CloseAll(files)
+		return nil, fmt.Errorf("backend %q is not known: only %q is", h.Backend, handoff.BackendModel)
+	}
+	if len(files) != 1 {
+		handoff.CloseAll(files)
+		return nil, fmt.Errorf("the model takes one file, a tap's queue, not %d", len(files))
+	}
+	return openModel(h, files[0], mem, irq, log)
+}
+
+// modelVF is the model with its wire.
+type modelVF struct {
+	*model.VF
+	wire *model.TapWire
+	stop func()
+}
+
+// Announce sends a frame on the wire, as the PF could.
+func (m *modelVF) Announce(frame []byte) error { return m.wire.Transmit(frame) }
+
+func openModel(h handoff.Handoff, tap *os.File, mem tracked, irq func(int), log *slog.Logger) (silicon, error) {
+	cfg := model.DefaultConfig()
+	cfg.QueuePairs = modelQueuePairs
+	cfg.WritableRXHead = !h.Model.ReadOnlyRXHead
+	cfg.WritableTXHead = !h.Model.ReadOnlyTXHead
+	cfg.MulticastFilterType = h.Model.MulticastFilterType
+	wire := model.NewTapWire(tap)
+	vf := model.New(cfg, mem, wire, irq)
+	if h.MAC != "" {
+		mac, err := net.ParseMAC(h.MAC)
+		if err != nil {
+			wire.Close()
+			return nil, err
+		}
+		vf.SetAdminMAC(mac)
+	}
+	vf.SetTrust(h.Trust)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := wire.Run(ctx, vf.Receive); err != nil && ctx.Err() == nil {
+			log.Error("the VF's wire ended", "vf", h.VF, "error", err)
+		}
+	}()
+	return &modelVF{vf, wire, func() {
+		cancel()
+		wire.Close()
+		<-ended
+	}}, nil
+}
+
+// Close ends the wire and the model.
+func (m *modelVF) Close() {
+	m.stop()
+	m.VF.Close()
+}
