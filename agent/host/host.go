@@ -1,0 +1,77 @@
+// Package host knows the VFs of a node: which there are, and how one is made
+// ready to be handed to a device process. It is the only package that touches
+// the node's network devices.
+package host
+
+import (
+	"os"
+)
+
+// BackendModel is the backend whose VFs are behavioural models of the silicon;
+// each is wired to the node's network by a tap device.
+const BackendModel = "model"
+
+// PF is one physical function.
+type PF struct {
+	// Name is the network interface's name.
+	Name string
+	// Backend says what serves its VFs, such as BackendModel.
+	Backend string
+	// VFs are its virtual functions, in the order of their numbers.
+	VFs []VF
+}
+
+// VF is one virtual function.
+type VF struct {
+	// Address is the PCI address, such as 0000:03:10.0.
+	Address string
+	// DeviceID is vendor:device in hexadecimal, such as 8086:10ed.
+	DeviceID string
+	// Family names the register family, such as ixgbevf.
+	Family string
+}
+
+// Request says how a VF must be prepared.
+type Request struct {
+	// Address is the VF's PCI address.
+	Address string
+	// MAC is the address that the VF will answer to, empty if unknown. No two
+	// prepared VFs of a node have the same.
+	MAC string
+	// VLAN is the port VLAN, 0 for none, at most 4094.
+	VLAN int
+}
+
+// Prepared is a VF that can be handed to a device process.
+type Prepared struct {
+	// PF and VF are the VF's descriptions.
+	PF string
+	VF VF
+	// Backend says what Files are; for BackendModel: one, a queue of a tap
+	// device without packet information.
+	Backend string
+	// Model holds the traits of the modelled silicon.
+	Model ModelTraits
+	// Files belong to the caller, who closes them.
+	Files []*os.File
+}
+
+// Close closes the VF's files; whoever they were passed to keeps his own.
+func (p *Prepared) Close() {
+	for _, f := range p.Files {
+		f.Close()
+	}
+	p.Files = nil
+}
+
+// ModelTraits are what the datasheet leaves open, or a PF may configure.
+type ModelTraits struct {
+	// ReadOnlyRXHead and ReadOnlyTXHead make writes to the receive and
+	// transmit rings' heads have no effect.
+	ReadOnlyRXHead bool
+	ReadOnlyTXHead bool
+	// MulticastFilterType is the PF's MO (MCSTCTRL), 0 to 3.
+	MulticastFilterType uint32
+	// Trust tells whether the PF trusts its VFs.
+	Trust bool
+}

@@ -1,0 +1,108 @@
+// Package kubevirt holds what the node agent and the manager must know of
+// KubeVirt's conventions: the labels and annotations of virt-launcher pods,
+// where a pod's VFs are told, and where its hook sockets are on the node.
+// It talks to nobody.
+package kubevirt
+
+import (
+	"path/filepath"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	virtv1 "kubevirt.io/api/core/v1"
+)
+
+// Conventions of KubeVirt and Multus.
+const (
+	// BindingName is the network binding plugin that a VMI's interface names
+	// to get a VF that moves with the VM.
+	BindingName = "compsc"
+
+	// LabelApp is carried by every pod of KubeVirt, AppLauncher is its value
+	// on the pods that run VMs.
+	LabelApp    = virtv1.AppLabel
+	AppLauncher = "virt-launcher"
+	// LabelCreatedBy holds the VMI's UID on a virt-launcher pod.
+	LabelCreatedBy = virtv1.CreatedByLabel
+	// LabelMigrationJobUID holds the VirtualMachineInstanceMigration's UID on
+	// a virt-launcher pod that was made to receive a VM. It stays after the
+	// migration.
+	LabelMigrationJobUID = virtv1.MigrationJobLabel
+	// LabelVMIName holds the VMI's name on a virt-launcher pod.
+	LabelVMIName = "vm.kubevirt.io/name"
+	// AnnotationVMIName holds it too, and is not cut to a label's length.
+	AnnotationVMIName = virtv1.DomainAnnotation
+	// LabelHostname is the label that a node selector names a node by.
+	LabelHostname = corev1.LabelHostname
+
+	// AnnotationNetworkStatus is where Multus tells a pod's networks and the
+	// devices behind them.
+	AnnotationNetworkStatus = "k8s.v1.cni.cncf.io/network-status"
+	// AnnotationNetworkInfo is virt-controller's digest of it, keyed by the
+	// VMI's network; a target pod has it only after it became ready.
+	AnnotationNetworkInfo = "kubevirt.io/network-info"
+)
+
+// LabelVFMigrationUID is set on the VirtualMachineInstanceMigration that
+// serves a VFMigration and holds that VFMigration's UID.
+const LabelVFMigrationUID = "compsc.io/vfmigration-uid"
+
+// hookSockets is the emptyDir volume that KubeVirt shares between the compute
+// container and its hook sidecars (mounted at /var/run/kubevirt-hooks).
+const hookSockets = "volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"
+
+// DeviceDir returns the directory of the device process of the pod with this
+// UID, below the kubelet's directory of pods, usually /var/lib/kubelet/pods.
+func DeviceDir(podsDir string, podUID types.UID) string {
+	return filepath.Join(podsDir, string(podUID), hookSockets, BindingName)
+}
+
+// IsLauncher tells whether pod runs a VM, or is about to.
+func IsLauncher(pod *corev1.Pod) bool { return pod.Labels[LabelApp] == AppLauncher }
+
+// IsTarget tells whether pod was made to receive a VM. It stays true once the
+// VM runs there.
+func IsTarget(pod *corev1.Pod) bool { return pod.Labels[LabelMigrationJobUID] != "" }
+
+// MigrationUID returns the UID of the VirtualMachineInstanceMigration that
+// pod was made for, empty if none.
+func MigrationUID(pod *corev1.Pod) types.UID {
+	return types.UID(pod.Labels[LabelMigrationJobUID])
+}
+
+// VMIUID returns the UID of the VMI that pod was made for, empty if none.
+func VMIUID(pod *corev1.Pod) types.UID { return types.UID(pod.Labels[LabelCreatedBy]) }
+
+// VMIName returns the name of the VMI that pod was made for, empty if pod
+// does not tell.
+func VMIName(pod *corev1.Pod) string {
+	if o := metav1.GetControllerOf(pod); o != nil && o.Kind == "VirtualMachineInstance" {
+		return o.Name
+	}
+	if n := pod.Annotations[AnnotationVMIName]; n != "" {
+		return n
+	}
+	return pod.Labels[LabelVMIName]
+}
+
+// Finished tells whether all containers of pod have ended for good.
+func Finished(pod *corev1.Pod) bool {
+	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
+}
+
+// BoundInterfaces returns the names of the VMI's interfaces that use the
+// compsc network binding, in the VMI's order.
+func BoundInterfaces(vmi *virtv1.VirtualMachineInstance) []string {
+	var names []string
+	for i := range vmi.Spec.Domain.Devices.Interfaces {
+		if bound(&vmi.Spec.Domain.Devices.Interfaces[i]) {
+			names = append(names, vmi.Spec.Domain.Devices.Interfaces[i].Name)
+		}
+	}
+	return names
+}
+
+func bound(i *virtv1.Interface) bool {
+	return i.Binding != nil && i.Binding.Name == BindingName && i.State != virtv1.InterfaceStateAbsent
+}
