@@ -1,0 +1,91 @@
+# Run `make` to see what there is. Everything that is built outside the tree
+# goes to the cache: $COMPSC_CACHE, else $XDG_CACHE_HOME/compsc, else
+# ~/.cache/compsc; a second clone finds it there.
+
+SHELL := /bin/bash
+export COMPSC_CACHE := $(or $(COMPSC_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/compsc)
+
+VERSION ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),devel)
+GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+# Of `make demo`: how many times the VM moves.
+HOPS ?= 1
+# More flags for `go test`, such as -run=TestName or -v.
+TESTFLAGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build bin/compsc, a static binary.
+	$(GOBUILD) -o bin/compsc .
+
+.PHONY: generate
+generate: ## Write the generated files: deep copies, CRDs, roles, protobuf code.
+	@hack/generate
+
+.PHONY: lint
+lint: ## Check the source: format, vet, staticcheck, shell scripts, import rules, generated files.
+	@hack/lint
+
+.PHONY: unit
+unit: ## Run the tests that need nothing but Go.
+	@hack/test unit $(TESTFLAGS)
+
+.PHONY: race
+race: ## Run the same tests with the race detector.
+	@. hack/lib.sh && need_packages gcc libc6-dev
+	@CGO_ENABLED=1 hack/test unit -race $(TESTFLAGS)
+
+.PHONY: apiserver
+apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.
+	@hack/test apiserver $(TESTFLAGS)
+
+.PHONY: qemu
+qemu: artifacts compsc-demo ## Run the tests that move virtual machines (as root).
+	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test qemu $(TESTFLAGS)
+
+.PHONY: test
+test: ## Run all tests: unit, apiserver, qemu.
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory apiserver
+	@$(MAKE) --no-print-directory qemu
+
+.PHONY: artifacts
+artifacts: qemu-tree guest kube kubevirt-crds ## Make what tests and the demo run: QEMU, guests, control plane, KubeVirt's CRDs.
+
+.PHONY: qemu-tree
+qemu-tree:
+	@hack/qemu-tree
+
+.PHONY: guest
+guest:
+	@hack/guest
+
+.PHONY: kube
+kube:
+	@hack/kube/build
+
+.PHONY: kubevirt-crds
+kubevirt-crds:
+	@hack/kubevirt-crds/build
+
+.PHONY: demo
+demo: artifacts compsc-demo ## Move a running VM with its VF between two simulated nodes (as root); HOPS=n for n moves.
+	@bin/compsc-demo demo --hops $(HOPS)
+
+# The product with the demonstration and the faults that tests inject built in.
+.PHONY: compsc-demo
+compsc-demo:
+	$(GOBUILD) -tags demo -o bin/compsc-demo .
+
+.PHONY: image
+image: ## Build the container image with docker.
+	docker build --build-arg VERSION=$(VERSION) -t compsc:$(VERSION) .
+
+.PHONY: clean
+clean: ## Remove what was built in the tree; the cache stays.
+	rm -rf bin out
