@@ -1,0 +1,166 @@
+// Package agent is the node agent. It keeps the node's inventory of VFs, has
+// every virt-launcher pod's VFs leased and handed to the pod's device process,
+// and plays the source's or the target's part in the migrations that name its
+// node, together with the agent of the other node.
+//
+// It remembers nothing that it could not ask for again: leases say who holds a
+// VF, device processes say how far a migration has come, VFMigrations say what
+// is wanted. Restarting it at any moment is harmless.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/events"
+	virtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/peer"
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// Host is what the agent needs of its node's VFs. It must be safe for
+// concurrent use.
+type Host interface {
+	// Inventory returns the node's PFs and VFs.
+	Inventory(ctx context.Context) ([]host.PF, error)
+	// Prepare makes a VF ready to be handed to a device process. Repeating it
+	// is harmless. It refuses a MAC that another prepared VF has.
+	Prepare(ctx context.Context, r host.Request) (*host.Prepared, error)
+	// Release takes back what Prepare did; it must work in any state.
+	Release(ctx context.Context, address string) error
+}
+
+// Options of an agent.
+type Options struct {
+	// NodeName is the Kubernetes node; required.
+	NodeName string
+	// Config reaches the API server; required.
+	Config *rest.Config
+	// Namespace holds the leases; default v1alpha1.SystemNamespace.
+	Namespace string
+	// PodsDir is the kubelet's directory of pods; default /var/lib/kubelet/pods.
+	PodsDir string
+	// PeerListen is where other agents reach this one, host:port; required.
+	PeerListen string
+	// PeerAdvertise is that address as seen from other nodes; default the one
+	// that is listened at, which must not be a wildcard then.
+	PeerAdvertise string
+	// TLS names the node's certificate, its key, and the authorities trusted.
+	TLS peer.Files
+	// Host serves the node's VFs; required.
+	Host Host
+	// MetricsAddress serves Prometheus metrics, host:port; empty for none.
+	MetricsAddress string
+	// Version is the build's version.
+	Version string
+	// Log takes what the agent reports; default slog.Default().
+	Log *slog.Logger
+}
+
+func (o *Options) complete() error {
+	if o.Namespace == "" {
+		o.Namespace = v1alpha1.SystemNamespace
+	}
+	if o.PodsDir == "" {
+		o.PodsDir = "/var/lib/kubelet/pods"
+	}
+	if o.MetricsAddress == "" {
+		o.MetricsAddress = "0" // controller-runtime's word for none
+	}
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if problems := validation.IsValidLabelValue(o.NodeName); o.NodeName == "" || len(problems) > 0 {
+		return fmt.Errorf("node name %q cannot be a label's value: %v", o.NodeName, problems)
+	}
+	switch {
+	case o.Config == nil:
+		return errors.New("no API server given")
+	case o.Host == nil:
+		return errors.New("no host given")
+	case o.PeerListen == "":
+		return errors.New("no address to listen at for other agents given")
+	}
+	return nil
+}
+
+// limits are the bounds of the agent's waits; tests shorten them.
+type limits struct {
+	// retry is how long something that ought to work is tried again before
+	// it counts as failed.
+	retry time.Duration
+	// pause lies between two attempts of the same thing.
+	pause time.Duration
+	// call bounds a call to a device process or peer that does not wait for
+	// anybody else.
+	call time.Duration
+	// watch is how long one waiting call to a device process lasts before it
+	// is made anew.
+	watch time.Duration
+}
+
+var defaultLimits = limits{retry: 10 * time.Second, pause: 250 * time.Millisecond, call: 10 * time.Second, watch: 5 * time.Minute}
+
+// agent is what all parts of one node's agent share.
+type agent struct {
+	node      string
+	namespace string
+	version   string
+	advertise string
+	// client reads from the cache, live from the API server.
+	client  client.Client
+	live    client.Reader
+	host    Host
+	peers   *peer.Client
+	devices *devices
+	events  events.EventRecorder
+	log     *slog.Logger
+	limits  limits
+	work    *workers
+	tries   *tries
+	// known holds the []kubevirt.Interface of pods, by UID.
+	known sync.Map
+}
+
+// newScheme returns a scheme with all that the agent reads and writes.
+func newScheme() (*runtime.Scheme, error) {
+	s := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{
+		corev1.AddToScheme, coordinationv1.AddToScheme, virtv1.AddToScheme, v1alpha1.AddToScheme,
+	} {
+		if err := add(s); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// advertised returns the address that other agents are told.
+func advertised(advertise string, listen net.Addr) (string, error) {
+	if advertise != "" {
+		if _, _, err := net.SplitHostPort(advertise); err != nil {
+			return "", fmt.Errorf("advertised address: %w", err)
+		}
+		return advertise, nil
+	}
+	if tcp, ok := listen.(*net.TCPAddr); ok && tcp.IP.IsUnspecified() {
+		return "", fmt.Errorf("listening at %s does not tell which address other agents can use: advertise one", listen)
+	}
+	return listen.String(), nil
+}
+
+func logSink(l *slog.Logger) logr.Logger { return logr.FromSlogHandler(l.Handler()) }

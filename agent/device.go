@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"k8s.io/apimachinery/pkg/types"
+
+	"compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/kubevirt"
+)
+
+// Names of a device process's sockets, as package device has them.
+const (
+	controlSocket = "control.sock"
+	handoffSocket = "handoff.sock"
+	// maxDeviceMessage bounds a reply of a device process: the states of
+	// eight VFs of a few KiB each.
+	maxDeviceMessage = 4 << 20
+)
+
+// devices reaches the device processes of this node's pods. Each has one
+// connection, for as long as anybody holds a share of it. Safe for concurrent
+// use.
+type devices struct {
+	podsDir string
+
+	mu    sync.Mutex
+	conns map[types.UID]*deviceConn
+}
+
+type deviceConn struct {
+	conn  *grpc.ClientConn
+	users int
+}
+
+// device is somebody's share of the connection to a device process.
+type device struct {
+	controlpb.DeviceClient
+	podsDir string
+	pod     types.UID
+	once    sync.Once
+	close   func()
+}
+
+func newDevices(podsDir string) *devices {
+	return &devices{podsDir: podsDir, conns: map[types.UID]*deviceConn{}}
+}
+
+// get returns the device process of a pod. It does not connect: calls fail
+// with code Unavailable as long as the process is not there.
+func (d *devices) get(pod types.UID) (*device, error) {
+	if pod == "" {
+		return nil, errors.New("the pod is not known")
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.conns[pod]
+	if c == nil {
+		conn, err := grpc.NewClient("passthrough:///device",
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				return dialSocket(ctx, d.podsDir, pod, controlSocket)
+			}),
+			grpc.WithNoProxy(), grpc.WithDisableServiceConfig(), grpc.WithAuthority("localhost"),
+			grpc.WithIdleTimeout(0),
+			grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second, Backoff: backoff.Config{
+				BaseDelay: 50 * time.Millisecond, Multiplier: 1.5, Jitter: 0.2, MaxDelay: 500 * time.Millisecond}}),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxDeviceMessage)))
+		if err != nil {
+			return nil, err
+		}
+		c = &deviceConn{conn: conn}
+		d.conns[pod] = c
+	}
+	c.users++
+	return &device{DeviceClient: controlpb.NewDeviceClient(c.conn), podsDir: d.podsDir, pod: pod, close: func() { d.put(pod, c) }}, nil
+}
+
+func (d *devices) put(pod types.UID, c *deviceConn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if c.users--; c.users > 0 {
+		return
+	}
+	delete(d.conns, pod)
+	c.conn.Close()
+}
+
+// Close gives the share up. It may be called more than once.
+func (d *device) Close() { d.once.Do(d.close) }
+
+// gone tells whether the device process has ended for good, or never began:
+// the kernel refuses connections to a socket whose owner has ended, and the
+// kubelet removes the directory only after the pod's processes ended. An
+// error means that it cannot be told.
+func (d *device) gone(ctx context.Context) (bool, error) {
+	c, err := dialSocket(ctx, d.podsDir, d.pod, controlSocket)
+	if err == nil {
+		c.Close()
+		return false, nil
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ECONNREFUSED) {
+		return true, nil
+	}
+	return false, err
+}
+
+// handOver passes a VF to the device process.
+func (d *device) handOver(ctx context.Context, h handoff.Handoff, files []*os.File) error {
+	path, done, err := openSocket(d.podsDir, d.pod, handoffSocket)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return handoff.Send(ctx, path, h, files)
+}
+
+func dialSocket(ctx context.Context, podsDir string, pod types.UID, name string) (net.Conn, error) {
+	path, done, err := openSocket(podsDir, pod, name)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", path)
+}
+
+// openSocket returns a path to a socket of a pod's device process, valid until
+// done is called. The real one is longer than a unix address may be, and lies
+// in a volume that a pod's containers can write to: below it no symbolic link
+// is followed, so that a pod cannot lead the agent to a socket of the node.
+func openSocket(podsDir string, pod types.UID, name string) (path string, done func(), err error) {
+	full := filepath.Join(kubevirt.DeviceDir(podsDir, pod), name)
+	dir, base := filepath.Split(filepath.Dir(full))
+	volume, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	defer unix.Close(volume)
+	own, err := unix.Openat(volume, base, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("%s: %w", filepath.Dir(full), err)
+	}
+	defer unix.Close(own)
+	fd, err := unix.Openat(own, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("%s: %w", full, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		unix.Close(fd)
+		return "", nil, fmt.Errorf("%s is not a socket (%v)", full, err)
+	}
+	return fmt.Sprintf("/proc/self/fd/%d", fd), func() { unix.Close(fd) }, nil
+}

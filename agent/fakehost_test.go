@@ -1,0 +1,51 @@
+package agent
+
+import (
+	"context"
+	"os"
+	"sync"
+
+	"compsc.io/compsc/agent/host"
+)
+
+// fakeHost is a node with two VFs.
+type fakeHost struct {
+	mu       sync.Mutex
+	prepared map[string]string // address to MAC
+	total    int
+	err      error
+}
+
+func (h *fakeHost) Inventory(context.Context) ([]host.PF, error) {
+	vf := func(a string) host.VF { return host.VF{Address: a, DeviceID: "8086:10ed", Family: "ixgbevf"} }
+	return []host.PF{{Name: "pf0", Backend: host.BackendModel, VFs: []host.VF{vf("0000:03:10.0"), vf("0000:03:10.2")}}}, nil
+}
+
+func (h *fakeHost) Prepare(_ context.Context, r host.Request) (*host.Prepared, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.err != nil {
+		return nil, h.err
+	}
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	h.prepared[r.Address] = r.MAC
+	h.total++
+	return &host.Prepared{PF: "pf0", VF: host.VF{Address: r.Address}, Backend: host.BackendModel, Files: []*os.File{f}}, nil
+}
+
+func (h *fakeHost) Release(_ context.Context, address string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.prepared, address)
+	return nil
+}
+
+func (h *fakeHost) has(address string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, ok := h.prepared[address]
+	return ok
+}

@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/peer"
+	"compsc.io/compsc/agent/peer/peerpb"
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// service answers other nodes' agents.
+type service struct {
+	peerpb.UnimplementedPeerServer
+	*agent
+}
+
+// Authorize implements peer.Authorizer: the VFMigration must exist under that
+// UID and name the caller's node and this one in the roles that go with the
+// method, and must not be over, except for what takes back.
+func (a *agent) Authorize(ctx context.Context, caller string, method peer.Method, named *peerpb.Migration) error {
+	if err := a.authorize(ctx, a.client, caller, method, named); err == nil {
+		return nil
+	}
+	// The cache may be behind the caller's.
+	return a.authorize(ctx, a.live, caller, method, named)
+}
+
+func (a *agent) authorize(ctx context.Context, r client.Reader, caller string, method peer.Method, named *peerpb.Migration) error {
+	m := &vfMigration{}
+	err := r.Get(ctx, client.ObjectKey{Namespace: named.GetNamespace(), Name: named.GetName()}, m)
+	refuse := func(format string, args ...any) error {
+		return status.Errorf(codes.PermissionDenied, "node %s may not call %s for migration %s/%s: %s", caller, method, named.GetNamespace(), named.GetName(), fmt.Sprintf(format, args...))
+	}
+	switch {
+	case apierrors.IsNotFound(err), err == nil && string(m.UID) != named.GetUid():
+		return refuse("node %s knows no such VFMigration with UID %s", a.node, named.GetUid())
+	case err != nil:
+		return status.Errorf(codes.Unavailable, "VFMigration: %v", err)
+	case m.Status.Source == nil || m.Status.Target == nil:
+		return refuse("it has no source and target yet")
+	}
+	from, to := m.Status.Source.NodeName, m.Status.Target.NodeName
+	if method.FromTarget() {
+		from, to = to, from
+	}
+	switch {
+	case from != caller || to != a.node:
+		return refuse("that is for node %s to call at node %s", from, to)
+	case over(m) && method != peer.MethodWithdraw:
+		return status.Errorf(codes.FailedPrecondition, "migration %s/%s is over", m.Namespace, m.Name)
+	}
+	return nil
+}
+
+// migration returns a migration that Authorize has allowed; forward refuses
+// one that is being undone.
+func (s *service) migration(ctx context.Context, named *peerpb.Migration, forward bool) (*vfMigration, error) {
+	key := client.ObjectKey{Namespace: named.GetNamespace(), Name: named.GetName()}
+	for _, r := range []client.Reader{s.client, s.live} {
+		m := &vfMigration{}
+		if err := r.Get(ctx, key, m); err != nil || string(m.UID) != named.GetUid() || m.Status.Source == nil || m.Status.Target == nil {
+			continue
+		}
+		if forward && m.Status.Failure != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "the migration is being undone: %s", why(m))
+		}
+		return m, nil
+	}
+	return nil, status.Errorf(codes.Unavailable, "VFMigration %s cannot be read", key)
+}
+
+// Prepare implements the peer service, at the target.
+func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerpb.PrepareReply, error) {
+	m, err := s.migration(ctx, r.GetMigration(), true)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.devices.get(podUID(m.Status.Target))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	reply, err := d.PrepareTarget(ctx, &controlpb.PrepareTargetRequest{MigrationUid: string(m.UID),
+		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(m.Spec.Timeouts.HoldTimeout())})
+	if err != nil {
+		return nil, ofDevice(err)
+	}
+	if reply.GetAccepted() {
+		s.startTarget(m)
+	}
+	return &peerpb.PrepareReply{Accepted: reply.GetAccepted(), Reason: reply.GetReason(), Message: reply.GetMessage(), Epochs: reply.GetEpochs()}, nil
+}
+
+// Deliver implements the peer service, at the target. The worker holds the
+// connection to the device process open.
+func (s *service) Deliver(ctx context.Context, r *peerpb.DeliverRequest) (*peerpb.DeliverReply, error) {
+	m, err := s.migration(ctx, r.GetMigration(), true)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.devices.get(podUID(m.Status.Target))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	reply, err := d.AcceptState(ctx, &controlpb.AcceptStateRequest{MigrationUid: string(m.UID), States: r.GetStates(),
+		VmStoppedFor: r.GetVmStoppedFor(), DeviceStoppedFor: r.GetDeviceStoppedFor()})
+	if status.Code(err) == codes.FailedPrecondition && s.delivered(ctx, d, m) {
+		return &peerpb.DeliverReply{Accepted: true}, nil
+	}
+	if err != nil {
+		return nil, ofDevice(err)
+	}
+	return &peerpb.DeliverReply{Accepted: reply.GetAccepted(), Reason: reply.GetReason(), Message: reply.GetMessage()}, nil
+}
+
+// delivered tells whether the device process has used the state already that a
+// restarted source delivers once more.
+func (s *service) delivered(ctx context.Context, d *device, m *vfMigration) bool {
+	st, err := s.status(ctx, d)
+	if err != nil || st.GetMigrationUid() != string(m.UID) {
+		return false
+	}
+	switch st.GetPhase() {
+	case controlpb.Phase_PHASE_TARGET_HELD, controlpb.Phase_PHASE_TARGET_ACTIVE, controlpb.Phase_PHASE_RUNNING:
+		return true
+	}
+	return false
+}
+
+// Commit implements the peer service, at the source: the point of no return.
+func (s *service) Commit(ctx context.Context, r *peerpb.CommitRequest) (*peerpb.CommitReply, error) {
+	m, err := s.migration(ctx, r.GetMigration(), true)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.devices.get(podUID(m.Status.Source))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	if _, err := d.Relinquish(ctx, &controlpb.RelinquishRequest{MigrationUid: string(m.UID)}); err != nil {
+		return nil, ofDevice(err)
+	}
+	return &peerpb.CommitReply{}, nil
+}
+
+// Withdraw implements the peer service, at the target.
+func (s *service) Withdraw(ctx context.Context, r *peerpb.WithdrawRequest) (*peerpb.WithdrawReply, error) {
+	m, err := s.migration(ctx, r.GetMigration(), false)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cancelTarget(ctx, m, r.GetReason()); err != nil {
+		if status.Code(err) == codes.FailedPrecondition && !is(m, v1alpha1.ConditionVerified) {
+			s.startTarget(m) // ended by cancelTarget, but the VM runs here
+		}
+		return nil, ofDevice(err)
+	}
+	return &peerpb.WithdrawReply{}, nil
+}
+
+// ofDevice keeps a device process's code and says whose it is.
+func ofDevice(err error) error {
+	return status.Errorf(status.Code(err), "the device process there: %s", say(err))
+}

@@ -1,0 +1,179 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	virtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// waiting is an error that says that something has not happened yet that is
+// somebody else's to do, or that the API server is away; it is no failure.
+type waiting struct {
+	err error
+	// again is when to look again.
+	again time.Duration
+}
+
+func (w *waiting) Error() string { return w.err.Error() }
+func (w *waiting) Unwrap() error { return w.err }
+
+// seldom is how often to look for what announces itself by an event.
+const seldom = 5 * time.Second
+
+func wait(again time.Duration, format string, args ...any) error {
+	return &waiting{fmt.Errorf(format, args...), again}
+}
+
+// pinned is a VF that is leased to a pod and attached to its device process.
+type pinned struct {
+	iface string
+	ref   v1alpha1.VFReference
+}
+
+// interfaces returns what the pod's VMI has of interfaces with a VF. It does not
+// change for a pod, so the API server is asked once.
+func (a *agent) interfaces(ctx context.Context, pod *corev1.Pod) ([]kubevirt.Interface, error) {
+	if known, ok := a.known.Load(pod.UID); ok {
+		return known.([]kubevirt.Interface), nil
+	}
+	name := kubevirt.VMIName(pod)
+	if name == "" {
+		return nil, fmt.Errorf("pod %s/%s does not tell its VMI", pod.Namespace, pod.Name)
+	}
+	vmi := &virtv1.VirtualMachineInstance{}
+	err := a.live.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: name}, vmi)
+	if apierrors.IsNotFound(err) {
+		return nil, wait(seldom, "VMI %s of pod %s/%s does not exist", name, pod.Namespace, pod.Name)
+	}
+	if err != nil {
+		return nil, wait(a.limits.pause*4, "VMI %s: %w", name, err)
+	}
+	ifaces, err := kubevirt.Interfaces(pod, vmi)
+	if errors.Is(err, kubevirt.ErrNotYet) {
+		return nil, &waiting{err, seldom}
+	}
+	if err == nil {
+		a.known.Store(pod.UID, ifaces)
+	}
+	return ifaces, err
+}
+
+// inventory returns the node's VFs with their PFs, by PCI address.
+func (a *agent) inventory(ctx context.Context) (map[string]host.PF, map[string]host.VF, error) {
+	pfs, err := a.host.Inventory(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("inventory of VFs: %w", err)
+	}
+	of, vfs := map[string]host.PF{}, map[string]host.VF{}
+	for _, p := range pfs {
+		for _, v := range p.VFs {
+			of[v.Address], vfs[v.Address] = p, v
+		}
+	}
+	return of, vfs, nil
+}
+
+// pin leases the pod's VFs to it and has them attached to its device process,
+// in the given role. What is done already is not done again; what the device
+// process has attached is not touched. A *waiting error asks to come again.
+func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned, error) {
+	ifaces, err := a.interfaces(ctx, pod)
+	if err != nil || len(ifaces) == 0 {
+		return nil, err
+	}
+	d, err := a.devices.get(pod.UID)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	if gone, err := d.gone(ctx); gone {
+		return nil, wait(a.limits.pause, "the device process of pod %s/%s is not there yet", pod.Namespace, pod.Name)
+	} else if err != nil {
+		return nil, fmt.Errorf("device process of pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	pfs, vfs, err := a.inventory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []pinned
+	for _, i := range ifaces {
+		if _, ok := vfs[i.VFAddress]; !ok {
+			return nil, fmt.Errorf("interface %s of pod %s/%s: node %s has no VF %s that compsc knows", i.Name, pod.Namespace, pod.Name, a.node, i.VFAddress)
+		}
+		epoch, err := a.acquire(ctx, i.VFAddress, holderOf(pod))
+		if err != nil {
+			return nil, fmt.Errorf("interface %s: %w", i.Name, err)
+		}
+		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}})
+	}
+
+	st, err := a.status(ctx, d)
+	if err != nil {
+		return nil, fmt.Errorf("device process of pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	for _, p := range out {
+		attached, err := isAttached(st, p)
+		if err != nil {
+			return nil, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		}
+		if attached {
+			continue
+		}
+		if err := a.attach(ctx, d, vfs[p.ref.VF], p, role); err != nil {
+			return nil, fmt.Errorf("interface %s of pod %s/%s: %w", p.iface, pod.Namespace, pod.Name, err)
+		}
+		a.log.Info("VF attached", "vf", p.ref.VF, "interface", p.iface, "pod", pod.Namespace+"/"+pod.Name, "role", role, "epoch", p.ref.Epoch)
+	}
+	return out, nil
+}
+
+// isAttached tells whether the device process has this VF at this epoch.
+func isAttached(st *controlpb.StatusReply, p pinned) (bool, error) {
+	for _, i := range st.GetInterfaces() {
+		if i.GetName() != p.iface || i.GetVf() == "" {
+			continue
+		}
+		if i.GetVf() != p.ref.VF || i.GetEpoch() != uint64(p.ref.Epoch) {
+			return false, fmt.Errorf("interface %s: the device process has VF %s at epoch %d, but the pod's VF is %s at epoch %d; restart the pod",
+				p.iface, i.GetVf(), i.GetEpoch(), p.ref.VF, p.ref.Epoch)
+		}
+		return true, nil
+	}
+	return false, nil
+}
+
+func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, role string) error {
+	v, err := a.host.Prepare(ctx, host.Request{Address: p.ref.VF, MAC: p.ref.MAC, VLAN: int(p.ref.VLAN)})
+	if err != nil {
+		return err
+	}
+	defer v.Close() // the device process has its own descriptors by then
+	return d.handOver(ctx, handoff.Handoff{
+		Interface: p.iface, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
+		MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Trust: v.Model.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
+		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType},
+	}, v.Files)
+}
+
+// status asks a device process where it stands.
+func (a *agent) status(ctx context.Context, d *device) (*controlpb.StatusReply, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.limits.call)
+	defer cancel()
+	st, err := d.Status(ctx, &controlpb.StatusRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("status: %w", err)
+	}
+	return st, nil
+}

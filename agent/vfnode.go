@@ -1,0 +1,87 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	coordinationv1 "k8s.io/api/coordination/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// +kubebuilder:rbac:groups=compsc.io,resources=vfnodes,verbs=get;list;watch;create
+// +kubebuilder:rbac:groups=compsc.io,resources=vfnodes/status,verbs=get;patch
+
+// reconcileNode reports the node's VFs and their holders in its VFNode, when
+// they differ from what it says.
+func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result, error) {
+	leases, err := a.vfLeases(ctx)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	n := &v1alpha1.VFNode{}
+	err = a.client.Get(ctx, client.ObjectKey{Name: a.node}, n)
+	if apierrors.IsNotFound(err) {
+		n = &v1alpha1.VFNode{ObjectMeta: metav1.ObjectMeta{Name: a.node}}
+		if err := a.client.Create(ctx, n); err != nil && !apierrors.IsAlreadyExists(err) {
+			return ctrl.Result{}, fmt.Errorf("VFNode %s: %w", a.node, err)
+		}
+		err = a.live.Get(ctx, client.ObjectKey{Name: a.node}, n)
+	}
+	if err != nil {
+		return ctrl.Result{}, fmt.Errorf("VFNode %s: %w", a.node, err)
+	}
+	base := n.DeepCopy()
+	pfs, err := a.host.Inventory(ctx)
+	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionReady,
+		Message: "the agent serves migrations", ObservedGeneration: n.Generation}
+	if err != nil {
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "InventoryFailed", cut(err.Error(), maxMessage)
+	}
+	meta.SetStatusCondition(&n.Status.Conditions, ready)
+	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
+	n.Status.PFs = nil
+	held := 0
+	for _, p := range pfs {
+		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend}
+		for _, v := range p.VFs {
+			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID}
+			vf.Holder, vf.Epoch = holderShown(leases[v.Address])
+			if vf.Holder != "" {
+				held++
+			}
+			s.VFs = append(s.VFs, vf)
+		}
+		n.Status.PFs = append(n.Status.PFs, s)
+	}
+	pins.Set(float64(held))
+	if !equality.Semantic.DeepEqual(base.Status, n.Status) {
+		if err := a.client.Status().Patch(ctx, n, client.MergeFromWithOptions(base, client.MergeFromWithOptimisticLock{})); err != nil {
+			if apierrors.IsConflict(err) {
+				return ctrl.Result{RequeueAfter: a.limits.pause}, nil
+			}
+			return ctrl.Result{}, fmt.Errorf("VFNode %s: %w", a.node, err)
+		}
+	}
+	if ready.Status != metav1.ConditionTrue {
+		return ctrl.Result{RequeueAfter: a.limits.retry}, nil
+	}
+	return ctrl.Result{}, nil
+}
+
+// holderShown is a lease's holder as a VFNode shows it.
+func holderShown(l *coordinationv1.Lease) (string, int64) {
+	if l == nil {
+		return "", 0
+	}
+	if h, ok := parseHolder(identity(l)); ok {
+		return h.namespace + "/" + h.name, epoch(l)
+	}
+	return identity(l), epoch(l)
+}
