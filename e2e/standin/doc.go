@@ -1,0 +1,32 @@
+// Package standin stands in for what a single machine cannot run of
+// Kubernetes and KubeVirt: kube-scheduler, kubelet, device plugin, Multus,
+// virt-controller, virt-handler, virt-launcher and libvirt. It is not shipped.
+//
+// It is real at its edges: KubeVirt's own CRDs and API types through a real
+// API server, real `compsc device` processes as sidecars, stock QEMU with the
+// arguments the domain would carry, and QEMU's monitor driven in libvirt's
+// order. What it leaves out is everything in between (images, libvirt's XML,
+// virt-launcher's RPC) and every feature that a migration with a VF does not
+// touch.
+//
+// The order of things follows the sources of KubeVirt v1.9:
+//
+//   - pkg/virt-controller/watch/migration/migration.go: phases of a
+//     VirtualMachineInstanceMigration, the target pod (label
+//     kubevirt.io/migrationJobUID), network-info when leaving Scheduling,
+//     the hand-off to the target (vmi.status.migrationState), finalizer and
+//     deletion;
+//   - pkg/controller/controller.go, IsPodReady: every container but compute
+//     must be ready, which lets a sidecar hold a migration in Scheduling;
+//   - pkg/virt-handler/migration-target.go: targetNodeAddress and ports, later
+//     vmi.status.nodeName, and only then completed;
+//   - pkg/virt-handler/migration-source.go: startTimestamp, abort;
+//
+// of libvirt (src/qemu/qemu_migration.c): Begin, Prepare (QEMU started with
+// -incoming defer and -S; late-block-activate, return-path), Perform
+// (pause-before-switchover, migrate, migrate-continue), Finish (cont), Confirm
+// (source killed, or resumed if Finish failed);
+// and of Multus and the kubelet: network-status with device-info before the
+// containers start, a readiness probe by gRPC health, device-plugin
+// allocations that last until the pod has ended.
+package standin

@@ -1,0 +1,248 @@
+package standin
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/e2e/lab"
+)
+
+const (
+	// probePeriod is shorter than a kubelet's least, a second, so that the
+	// demonstration's steps are not hidden by it.
+	probePeriod  = 200 * time.Millisecond
+	probeTimeout = time.Second
+	// readyService is what the sidecar's readiness probe asks about.
+	readyService = "compsc.Ready"
+	// shutdownGrace is what a sidecar gets to end by itself.
+	shutdownGrace = 5 * time.Second
+)
+
+// pod is what runs of a virt-launcher pod on its node.
+type pod struct {
+	uid       types.UID
+	name      string
+	namespace string
+	node      string
+	started   time.Time
+	// hooks is the directory shared by sidecar and compute, where a kubelet
+	// would make it; dir is a place for everything else.
+	hooks, dir string
+	sidecar    *lab.Process
+	probing    context.CancelFunc
+
+	mu     sync.Mutex
+	domain *domain
+	ready  bool
+	ended  corev1.PodPhase // empty while it runs
+}
+
+func (s *StandIn) podOf(uid types.UID) *pod {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pods[uid]
+}
+
+// startPod starts the pod's containers: virt-launcher, which does nothing
+// before it is told to, and the sidecar.
+func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
+	v := &kubevirtv1.VirtualMachineInstance{}
+	if err := s.client.Get(s.ctx, client.ObjectKey{Namespace: o.Namespace, Name: o.Annotations[kubevirtv1.DomainAnnotation]}, v); err != nil {
+		return nil, fmt.Errorf("VMI of pod %s: %w", o.Name, err)
+	}
+	p := &pod{
+		uid: o.UID, name: o.Name, namespace: o.Namespace, node: o.Spec.NodeName, started: time.Now(),
+		hooks: filepath.Join(s.cfg.PodsDir(o.Spec.NodeName), string(o.UID),
+			"volumes/kubernetes.io~empty-dir/hook-sidecar-sockets/compsc"),
+		// Sockets live below: sun_path holds 107 bytes.
+		dir: filepath.Join(s.cfg.Lab.Dir, "p", string(o.UID[:8])),
+	}
+	for _, d := range []string{p.hooks, p.dir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	role := "primary"
+	if o.Labels[kubevirtv1.MigrationJobLabel] != "" {
+		role = "target"
+	}
+	args := []string{"device", "--dir", hooksDir}
+	for i, name := range bindingInterfaces(v) {
+		args = append(args, "--interface", name+"="+slot(i))
+	}
+	if s.cfg.DeviceArgs != nil {
+		args = append(args, s.cfg.DeviceArgs(p.node)...)
+	}
+	var err error
+	p.sidecar, err = s.cfg.Lab.Start(lab.Command{
+		Name: "device process of " + p.name, Path: s.cfg.Compsc, Args: args,
+		NS:     s.cfg.Lab.Nodes[p.node].NS,
+		Mounts: []lab.Mount{{Target: "/run"}, {Source: p.hooks, Target: hooksDir}},
+		Log:    filepath.Join(s.cfg.Lab.Dir, "log", p.name+"-device.log"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(s.ctx)
+	p.probing = cancel
+	go s.probe(ctx, p)
+	s.mu.Lock()
+	s.pods[p.uid] = p
+	s.mu.Unlock()
+	s.log.Info("pod started", "pod", p.name, "node", p.node, "role", role)
+	return p, nil
+}
+
+// probe is the kubelet's readiness probe of the sidecar.
+func (s *StandIn) probe(ctx context.Context, p *pod) {
+	conn, err := dialDevice(p.hooks)
+	if err != nil {
+		s.log.Error("probe", "pod", p.name, "error", err)
+		return
+	}
+	defer conn.Close()
+	health := healthpb.NewHealthClient(conn)
+	t := time.NewTicker(probePeriod)
+	defer t.Stop()
+	for {
+		call, cancel := context.WithTimeout(ctx, probeTimeout)
+		r, err := health.Check(call, &healthpb.HealthCheckRequest{Service: readyService})
+		cancel()
+		ready := err == nil && r.Status == healthpb.HealthCheckResponse_SERVING
+		p.mu.Lock()
+		changed := ready != p.ready
+		p.ready = ready
+		p.mu.Unlock()
+		if changed {
+			s.log.Info("sidecar", "pod", p.name, "ready", ready)
+			s.pokePod(p)
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// dialDevice reaches a device process through its directory, whose full path
+// is longer than a unix socket's address may be.
+func dialDevice(dir string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///device",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// A kubelet dials anew for each probe.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: probePeriod / 2, Multiplier: 1, MaxDelay: probePeriod / 2},
+			MinConnectTimeout: probeTimeout,
+		}),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			f, err := os.Open(dir)
+			if err != nil {
+				return nil, err
+			}
+			defer f.Close()
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/control.sock", f.Fd()))
+		}))
+}
+
+func (s *StandIn) pokePod(p *pod) {
+	s.poke(s.pokePods, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: p.name, Namespace: p.namespace}})
+}
+
+func (p *pod) state() (ready bool, ended corev1.PodPhase) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ready, p.ended
+}
+
+func (p *pod) activeDomain() *domain {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended != "" {
+		return nil
+	}
+	return p.domain
+}
+
+// setDomain makes d the pod's, unless the pod ended meanwhile. A domain that
+// ends takes the pod along.
+func (s *StandIn) setDomain(p *pod, d *domain) error {
+	p.mu.Lock()
+	ended := p.ended
+	if ended == "" {
+		p.domain = d
+	}
+	p.mu.Unlock()
+	if ended != "" {
+		d.kill()
+		return fmt.Errorf("pod %s has ended", p.name)
+	}
+	go func() {
+		<-d.proc.Done()
+		s.finishPod(p, corev1.PodFailed)
+	}()
+	return nil
+}
+
+// finishPod ends the pod in the given phase, if it has not ended: QEMU first,
+// then the sidecar, which KubeVirt tells to shut down when compute has ended.
+func (s *StandIn) finishPod(p *pod, phase corev1.PodPhase) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	first := p.ended == ""
+	if first {
+		p.ended = phase
+	}
+	p.mu.Unlock()
+	if !first {
+		return
+	}
+	p.stop()
+	s.log.Info("pod ended", "pod", p.name, "phase", phase)
+	s.pokePod(p)
+}
+
+// endPod stops what runs of a pod that was deleted, and forgets it.
+func (s *StandIn) endPod(p *pod) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	if p.ended == "" {
+		p.ended = corev1.PodFailed
+	}
+	p.mu.Unlock()
+	p.stop()
+	s.mu.Lock()
+	delete(s.pods, p.uid)
+	s.mu.Unlock()
+}
+
+func (p *pod) stop() {
+	p.mu.Lock()
+	d := p.domain
+	p.mu.Unlock()
+	if d != nil {
+		d.kill()
+	}
+	p.probing()
+	p.sidecar.Stop(shutdownGrace)
+}

@@ -1,0 +1,195 @@
+// Command compsc moves running KubeVirt VMs between nodes together with their
+// pass-through SR-IOV VFs. One binary, several processes: see each subcommand.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/go-logr/logr"
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	ctrl "sigs.k8s.io/controller-runtime"
+
+	"compsc.io/compsc/agent"
+	"compsc.io/compsc/agent/device"
+	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/controllers"
+)
+
+// version is set by the build.
+var version = "devel"
+
+// extras are added by builds with more than what is shipped: the demo.
+var extras []func(root *cobra.Command)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := rootCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "compsc:", err)
+		os.Exit(1)
+	}
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "compsc",
+		Short:         "Live migration of KubeVirt VMs with their pass-through SR-IOV VFs",
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	var level string
+	root.PersistentFlags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		var l slog.Level
+		if err := l.UnmarshalText([]byte(level)); err != nil {
+			return fmt.Errorf("--log-level: %w", err)
+		}
+		h := slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l})
+		slog.SetDefault(slog.New(h))
+		ctrl.SetLogger(logr.FromSlogHandler(h))
+		return nil
+	}
+	root.AddCommand(managerCommand(), agentCommand(), deviceCommand())
+	for _, extra := range extras {
+		extra(root)
+	}
+	if c, _, err := root.Find([]string{"demo"}); err != nil || c == root {
+		root.AddCommand(&cobra.Command{
+			Use:   "demo",
+			Short: "Show a migration on this machine (only in the build that `make demo` makes)",
+			RunE: func(*cobra.Command, []string) error {
+				return errors.New("this build has no demo, which needs a laboratory that is not shipped: run `make demo` in the source tree")
+			},
+		})
+	}
+	return root
+}
+
+// restConfig reaches the API server: by the file if one is given, else as the
+// pod's service account.
+func restConfig(kubeconfig string) (*rest.Config, error) {
+	c, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("--kubeconfig: %w", err)
+	}
+	return c, nil
+}
+
+func managerCommand() *cobra.Command {
+	var kubeconfig string
+	o := controllers.Options{}
+	c := &cobra.Command{
+		Use:   "manager",
+		Short: "Reconcile VFMigrations (runs as a Deployment)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.Config, err = restConfig(kubeconfig); err != nil {
+				return err
+			}
+			o.Logger = ctrl.Log
+			return controllers.Run(cmd.Context(), o)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&kubeconfig, "kubeconfig", "", "file that reaches the API server; default: the pod's service account")
+	f.StringVar(&o.Namespace, "namespace", v1alpha1.SystemNamespace, "namespace of the leases")
+	f.BoolVar(&o.LeaderElection, "leader-elect", true, "let one of several managers act")
+	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8080", "where to serve metrics, 0 for nowhere")
+	f.StringVar(&o.HealthAddress, "health-probe-bind-address", "0", "where to serve /healthz and /readyz, 0 for nowhere")
+	return c
+}
+
+func agentCommand() *cobra.Command {
+	var kubeconfig string
+	var pfs []string
+	o := agent.Options{Version: version}
+	c := &cobra.Command{
+		Use:   "agent",
+		Short: "Serve one node's VFs (runs as a DaemonSet)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.Config, err = restConfig(kubeconfig); err != nil {
+				return err
+			}
+			if o.Host, err = modelHost(pfs); err != nil {
+				return err
+			}
+			o.Log = slog.Default()
+			return agent.Run(cmd.Context(), o)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&kubeconfig, "kubeconfig", "", "file that reaches the API server; default: the pod's service account")
+	f.StringVar(&o.NodeName, "node-name", os.Getenv("NODE_NAME"), "this node; default: $NODE_NAME")
+	f.StringVar(&o.Namespace, "namespace", v1alpha1.SystemNamespace, "namespace of the leases")
+	f.StringVar(&o.PodsDir, "pods-dir", "/var/lib/kubelet/pods", "the kubelet's directory of pods")
+	f.StringVar(&o.PeerListen, "peer-listen", ":9443", "where to listen for other agents")
+	f.StringVar(&o.PeerAdvertise, "peer-advertise", "", "that address as other nodes see it")
+	f.StringVar(&o.TLS.Cert, "tls-cert", "/etc/compsc/tls/tls.crt", "this node's certificate")
+	f.StringVar(&o.TLS.Key, "tls-key", "/etc/compsc/tls/tls.key", "its key")
+	f.StringVar(&o.TLS.CA, "tls-ca", "/etc/compsc/tls/ca.crt", "the authorities that other agents' certificates must come from")
+	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8081", "where to serve metrics, 0 for nowhere")
+	f.StringArrayVar(&pfs, "model-pf", nil, "a modelled PF, such as name=pf0,vfs=2,bridge=br0; may be repeated")
+	return c
+}
+
+func modelHost(flags []string) (*host.Model, error) {
+	var pfs []host.ModelPF
+	for _, s := range flags {
+		pf, err := host.ParseModelPF(s)
+		if err != nil {
+			return nil, fmt.Errorf("--model-pf: %w", err)
+		}
+		pfs = append(pfs, pf)
+	}
+	return host.NewModel(pfs...)
+}
+
+// deviceOptions holds what the device subcommand's flags say; extras may
+// change it.
+var deviceOptions device.Options
+
+func deviceCommand() *cobra.Command {
+	var interfaces []string
+	c := &cobra.Command{
+		Use:   "device",
+		Short: "Mediate the VFs of one VM (runs as a sidecar in its pod)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for _, s := range interfaces {
+				i, err := parseInterface(s)
+				if err != nil {
+					return fmt.Errorf("--interface: %w", err)
+				}
+				deviceOptions.Interfaces = append(deviceOptions.Interfaces, i)
+			}
+			deviceOptions.Log = slog.Default()
+			return device.Run(cmd.Context(), deviceOptions)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&deviceOptions.Dir, "dir", "/var/run/kubevirt-hooks/compsc", "directory of the sockets")
+	f.StringArrayVar(&interfaces, "interface", nil, "interface of the VMI and its PCI slot in the guest, such as net1=0x5; may be repeated")
+	return c
+}
+
+func parseInterface(s string) (device.InterfaceConfig, error) {
+	name, slot, ok := strings.Cut(s, "=")
+	n, err := strconv.ParseUint(slot, 0, 8)
+	if !ok || err != nil {
+		return device.InterfaceConfig{}, fmt.Errorf("%q is not NAME=SLOT with a number as slot, such as net1=0x5", s)
+	}
+	return device.InterfaceConfig{Name: name, Slot: int(n)}, nil
+}
