@@ -20,13 +20,15 @@ func init() {
 			panic(err)
 		}
 		var fault string
-		c.Flags().StringVar(&fault, "fault", "", "inject a fault: corrupt-state")
+		c.Flags().StringVar(&fault, "fault", "", "inject a fault: corrupt-state, no-marking")
 		run := c.RunE
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			switch fault {
 			case "":
 			case "corrupt-state":
-				deviceOptions.TamperState = func(b []byte) { b[len(b)/2] ^= 0x10 }
+				deviceOptions.Faults.TamperState = func(b []byte) { b[len(b)/2] ^= 0x10 }
+			case "no-marking":
+				deviceOptions.Faults.SkipMarking = true
 			default:
 				return fmt.Errorf("--fault: %q is not known", fault)
 			}

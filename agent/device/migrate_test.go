@@ -352,7 +352,7 @@ func TestStateIsRefused(t *testing.T) {
 		want   string
 	}{
 		"corrupted on the target": {
-			change: func(o *Options, _ *handoff.Handoff) { o.TamperState = func(b []byte) { b[len(b)/2] ^= 1 } },
+			change: func(o *Options, _ *handoff.Handoff) { o.Faults.TamperState = func(b []byte) { b[len(b)/2] ^= 1 } },
 			want:   "checksum",
 		},
 		"of another epoch": {

@@ -65,9 +65,18 @@ type Options struct {
 	Interfaces []InterfaceConfig
 	// Log takes what the process reports; never guest data.
 	Log *slog.Logger
+	// Faults are injected for tests of the tests.
+	Faults Faults
+}
+
+// Faults make a device process misbehave. Only builds that are not shipped
+// can set them.
+type Faults struct {
 	// TamperState, if set, may change an encoded state before it is checked.
-	// Only fault-injection builds set it.
 	TamperState func([]byte)
+	// SkipMarking leaves the pages that the device wrote unmarked, as if QEMU
+	// saw DMA through the shared mapping by itself.
+	SkipMarking bool
 }
 
 func (o Options) validate() error {

@@ -207,6 +207,9 @@ func (p *process) mark(h *hold, marked chan struct{}) {
 	for _, i := range p.ifaces {
 		n := &pb.InterfacePages{Name: i.cfg.Name}
 		pages = append(pages, n)
+		if p.opts.Faults.SkipMarking {
+			continue
+		}
 		g.Go(func() (err error) {
 			n.PagesMarked, err = i.markPages(ctx)
 			return err

@@ -202,8 +202,8 @@ func (p *process) checkState(is *pb.InterfaceState) (*compsc.State, error) {
 		return nil, fmt.Errorf("state for interface %q, which this VM does not have", is.Name)
 	}
 	b := append([]byte(nil), is.State...)
-	if p.opts.TamperState != nil {
-		p.opts.TamperState(b)
+	if tamper := p.opts.Faults.TamperState; tamper != nil {
+		tamper(b)
 	}
 	s, err := compsc.Decode(b)
 	if err != nil {
