@@ -37,6 +37,8 @@ const (
 	// maxHold is the longest that any gate may hold QEMU's main loop; libvirt
 	// and KubeVirt tolerate 12 s.
 	maxHold = 10 * time.Second
+	// armTries is how often the replay into QEMU is tried.
+	armTries = 3
 	// armWait bounds how long a state waits for the PCI replay to be done.
 	armWait = 2 * time.Second
 	// activateTimeout bounds the restore of all VFs.
@@ -116,21 +118,13 @@ func (p *process) arm() {
 	ctx, cancel := context.WithTimeout(context.Background(), monitorWait)
 	defer cancel()
 	begin := time.Now()
-	err := func() error {
-		s, err := m.Status(ctx)
-		if err != nil {
-			return err
+	var err error
+	for range armTries {
+		if err = p.replayPCI(ctx, m, armed); err == nil || errors.Is(err, qemu.ErrClosed) {
+			break
 		}
-		if s != "inmigrate" {
-			return fmt.Errorf("QEMU is %q, not waiting for an incoming migration", s)
-		}
-		for _, i := range p.ifaces {
-			if err := qemu.Arm(ctx, m, qemu.Function{Slot: i.cfg.Slot}, i.server, armed[i.cfg.Name]); err != nil {
-				return fmt.Errorf("interface %s: %w", i.cfg.Name, err)
-			}
-		}
-		return nil
-	}()
+		p.log.Warn("replaying the PCI state into QEMU", "error", err)
+	}
 	if err != nil {
 		p.fail(fmt.Errorf("replaying the PCI state into QEMU: %w", err))
 		return
@@ -140,6 +134,24 @@ func (p *process) arm() {
 		p.target.steps = append(p.target.steps, step("target/arm", begin))
 	})
 	p.log.Info("PCI state replayed into QEMU")
+}
+
+// replayPCI writes what the source's QEMU held of each VF into this one. It can
+// be repeated.
+func (p *process) replayPCI(ctx context.Context, m *qemu.Monitor, armed map[string]qemu.PCIState) error {
+	s, err := m.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if s != "inmigrate" {
+		return fmt.Errorf("QEMU is %q, not waiting for an incoming migration", s)
+	}
+	for _, i := range p.ifaces {
+		if err := qemu.Arm(ctx, m, qemu.Function{Slot: i.cfg.Slot}, i.server, armed[i.cfg.Name]); err != nil {
+			return fmt.Errorf("interface %s: %w", i.cfg.Name, err)
+		}
+	}
+	return nil
 }
 
 // AcceptState implements the control service.
