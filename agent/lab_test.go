@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -67,7 +68,7 @@ func eventually(t *testing.T, what string, cond func() bool) {
 // lab is an API server and two nodes.
 type lab struct {
 	t      *testing.T
-	client client.Client
+	client client.WithWatch
 	vmiUID types.UID
 	ca     *x509.Certificate
 	caKey  *ecdsa.PrivateKey
@@ -211,6 +212,15 @@ func (n *labNode) start() {
 		events: events.NewFakeRecorder(1000), log: log, work: newWorkers(log), tries: newTries(),
 		limits: limits{retry: 3 * time.Second, pause: 10 * time.Millisecond, call: 2 * time.Second, watch: 200 * time.Millisecond}}
 	n.agent = a
+	var dead atomic.Bool
+	a.client = interceptor.NewClient(n.lab.client, interceptor.Funcs{
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+			if dead.Load() {
+				return errAPIDown
+			}
+			return c.SubResource(sub).Patch(ctx, o, p, opts...)
+		},
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	server := peer.NewServer(&service{agent: a}, a, creds, log)
@@ -225,6 +235,7 @@ func (n *labNode) start() {
 		once.Do(func() {
 			// What a killed process cannot do any more: its connections end at
 			// once, and nothing is finished.
+			dead.Store(true)
 			l.sever()
 			a.devices.sever()
 			cancel()

@@ -448,3 +448,15 @@ func TestOrphanIsCleared(t *testing.T) {
 	s.switchOver()
 	s.succeed()
 }
+
+// TestOthersPreparationStands: only what no VFMigration wants is cleared.
+func TestOthersPreparationStands(t *testing.T) {
+	s := boot(t)
+	s.create(&vfMigration{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "other", UID: "other-uid"}, Spec: v1alpha1.VFMigrationSpec{VMIName: "vm"}})
+	s.src.set(func() { s.src.phase, s.src.uid = pb.Phase_PHASE_SOURCE_PREPARED, "other-uid" })
+	s.begin()
+	c := s.expect(v1alpha1.ConditionPrepared, metav1.ConditionFalse, v1alpha1.ReasonDeviceUnavailable)
+	if !strings.Contains(c.Message, "prepared for VFMigration other") || !s.src.is(pb.Phase_PHASE_SOURCE_PREPARED) {
+		t.Errorf("message %q, phase %s", c.Message, s.src.phase)
+	}
+}

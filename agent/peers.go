@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -77,6 +78,15 @@ func (s *service) migration(ctx context.Context, named *peerpb.Migration, forwar
 	return nil, status.Errorf(codes.Unavailable, "VFMigration %s cannot be read", key)
 }
 
+// inTime ends a call to the device process a little before the caller gives
+// up, so that the caller hears what was wrong and not just that time passed.
+func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
+	if end, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(ctx, end.Add(-time.Until(end)/5))
+	}
+	return context.WithCancel(ctx)
+}
+
 // Prepare implements the peer service, at the target.
 func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerpb.PrepareReply, error) {
 	m, err := s.migration(ctx, r.GetMigration(), true)
@@ -88,7 +98,9 @@ func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerp
 		return nil, err
 	}
 	defer d.Close()
-	reply, err := d.PrepareTarget(ctx, &controlpb.PrepareTargetRequest{MigrationUid: string(m.UID),
+	call, cancel := inTime(ctx)
+	defer cancel()
+	reply, err := d.PrepareTarget(call, &controlpb.PrepareTargetRequest{MigrationUid: string(m.UID),
 		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(m.Spec.Timeouts.HoldTimeout())})
 	if err != nil {
 		return nil, ofDevice(err)
@@ -111,7 +123,9 @@ func (s *service) Deliver(ctx context.Context, r *peerpb.DeliverRequest) (*peerp
 		return nil, err
 	}
 	defer d.Close()
-	reply, err := d.AcceptState(ctx, &controlpb.AcceptStateRequest{MigrationUid: string(m.UID), States: r.GetStates(),
+	call, cancel := inTime(ctx)
+	defer cancel()
+	reply, err := d.AcceptState(call, &controlpb.AcceptStateRequest{MigrationUid: string(m.UID), States: r.GetStates(),
 		VmStoppedFor: r.GetVmStoppedFor(), DeviceStoppedFor: r.GetDeviceStoppedFor()})
 	if status.Code(err) == codes.FailedPrecondition && s.delivered(ctx, d, m) {
 		return &peerpb.DeliverReply{Accepted: true}, nil
@@ -147,7 +161,9 @@ func (s *service) Commit(ctx context.Context, r *peerpb.CommitRequest) (*peerpb.
 		return nil, err
 	}
 	defer d.Close()
-	if _, err := d.Relinquish(ctx, &controlpb.RelinquishRequest{MigrationUid: string(m.UID)}); err != nil {
+	call, cancel := inTime(ctx)
+	defer cancel()
+	if _, err := d.Relinquish(call, &controlpb.RelinquishRequest{MigrationUid: string(m.UID)}); err != nil {
 		return nil, ofDevice(err)
 	}
 	return &peerpb.CommitReply{}, nil

@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc/status"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/agent/peer/peerpb"
 	"compsc.io/compsc/api/v1alpha1"
@@ -52,4 +53,43 @@ func TestAuthorize(t *testing.T) {
 		}
 	}
 	check(t)
+}
+
+// TestDeliveredTwice: a source that was restarted delivers once more, when the
+// target may have used the state already.
+func TestDeliveredTwice(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+	deliver := func() (*peerpb.DeliverReply, error) {
+		return (&service{agent: s.to.agent}).Deliver(t.Context(), &peerpb.DeliverRequest{
+			Migration: &peerpb.Migration{Namespace: ns, Name: "m", Uid: "m-uid"}, States: []*controlpb.InterfaceState{{Name: interfaceName}}})
+	}
+	// What follows is asked of an agent that does nothing else.
+	s.to.kill()
+	s.to.agent.devices = newDevices(s.to.podsDir)
+	for _, phase := range []controlpb.Phase{controlpb.Phase_PHASE_TARGET_PREPARED, controlpb.Phase_PHASE_TARGET_LOADED,
+		controlpb.Phase_PHASE_TARGET_HELD, controlpb.Phase_PHASE_TARGET_ACTIVE, controlpb.Phase_PHASE_RUNNING} {
+		s.dst.set(func() { s.dst.phase = phase })
+		if r, err := deliver(); err != nil || !r.GetAccepted() {
+			t.Errorf("in %s: %v, %v", phase, r, err)
+		}
+	}
+	s.dst.set(func() { s.dst.phase = controlpb.Phase_PHASE_CANCELLED })
+	if r, err := deliver(); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("to a cancelled target: %v, %v", r, err)
+	}
+}
+
+// TestRestartedPastTheCommit: a source's agent that comes back after the VFs
+// were given up needs nobody to know that they were captured.
+func TestRestartedPastTheCommit(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+	s.from.kill()
+	s.to.kill()
+	s.src.set(func() { s.src.phase, s.src.released = controlpb.Phase_PHASE_RELINQUISHED, true })
+	s.from.start()
+	s.expect(v1alpha1.ConditionCaptured, metav1.ConditionTrue, v1alpha1.ConditionCaptured)
 }

@@ -363,6 +363,7 @@ func (a *agent) undoTarget(ctx context.Context, m *vfMigration) (ctrl.Result, er
 		a.tries.worked(what)
 		if !is(m, v1alpha1.ConditionVerified) {
 			a.startTarget(m) // the migration goes on to its end
+			return ctrl.Result{RequeueAfter: a.limits.pause * 8}, nil
 		}
 		return ctrl.Result{}, nil
 	case err != nil:
@@ -381,16 +382,19 @@ func (a *agent) undoTarget(ctx context.Context, m *vfMigration) (ctrl.Result, er
 
 // cancelTarget returns nil once the target's VFs are silent for good, and an
 // error with code FailedPrecondition when the VM runs with them. It ends the
-// migration's worker.
+// migration's worker, unless the VM is known to run.
 func (a *agent) cancelTarget(ctx context.Context, m *vfMigration, reason string) error {
-	if err := a.work.stop(ctx, workKey{m.UID, target}); err != nil {
-		return status.Error(codes.Unavailable, err.Error())
-	}
 	d, err := a.devices.get(podUID(m.Status.Target))
 	if err != nil {
 		return err
 	}
 	defer d.Close()
+	if st, err := a.status(ctx, d); err == nil && st.GetMigrationUid() == string(m.UID) && runsHere(st) {
+		return status.Errorf(codes.FailedPrecondition, "the device process of the target is in %s", st.GetPhase())
+	}
+	if err := a.work.stop(ctx, workKey{m.UID, target}); err != nil {
+		return status.Error(codes.Unavailable, err.Error())
+	}
 	if gone, err := d.gone(ctx); err == nil && gone {
 		return nil // its descriptors went with it
 	}
