@@ -46,7 +46,7 @@ func assets(t *testing.T, variable, name string) string {
 
 // apiServer starts a real one, and returns its administrator and a user with
 // exactly the rights of config/rbac's agent.
-func apiServer(t *testing.T) (client.Client, *rest.Config) {
+func apiServer(t *testing.T) (client.WithWatch, *rest.Config) {
 	t.Helper()
 	ctrl.SetLogger(logr.Discard())
 	env := &envtest.Environment{
@@ -70,7 +70,7 @@ func apiServer(t *testing.T) (client.Client, *rest.Config) {
 	if err := rbacv1.AddToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-	admin, err := client.New(config, client.Options{Scheme: scheme})
+	admin, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
 	if err != nil {
 		t.Fatal(err)
 	}
