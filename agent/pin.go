@@ -163,7 +163,7 @@ func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, rol
 	return d.handOver(ctx, handoff.Handoff{
 		Interface: p.iface, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
 		MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Trust: v.Model.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
-		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType},
+		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType, MTU: v.Model.MTU},
 	}, v.Files)
 }
 

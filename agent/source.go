@@ -428,6 +428,9 @@ func (a *agent) takeBack(ctx context.Context, m *vfMigration) *failure {
 	if st.GetMigrationUid() == r.uid && st.GetPhase() != controlpb.Phase_PHASE_RUNNING {
 		return failed(v1alpha1.ReasonRollingBack, "the source's device process is in %s: %s", st.GetPhase(), st.GetLastError())
 	}
+	if !st.GetQemuConnected() {
+		return failed(v1alpha1.ReasonDeviceUnavailable, "QEMU of pod %s is not connected to its VFs any more: the VM has no VF until it is restarted", m.Status.Source.PodName)
+	}
 	return nil
 }
 

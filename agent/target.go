@@ -309,6 +309,10 @@ func runsHere(st *controlpb.StatusReply) bool {
 func (r *targetRun) activate(ctx context.Context) (reply *controlpb.ActivateReply, err error) {
 	err = persist(ctx, r.limits.call, min(r.limits.pause, 20*time.Millisecond), func(ctx context.Context) (err error) {
 		reply, err = r.dev.Activate(ctx, &controlpb.ActivateRequest{MigrationUid: r.uid})
+		if gone, gerr := r.dev.gone(ctx); transient(err) && gerr == nil && gone {
+			// Its VFs went with it, and the source waits to have its own back.
+			return fmt.Errorf("the device process has ended: %s", say(err))
+		}
 		return err
 	})
 	return reply, err

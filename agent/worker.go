@@ -130,7 +130,8 @@ func persist(ctx context.Context, bound, pause time.Duration, f func(context.Con
 		if err == nil || !transient(err) {
 			return err
 		}
-		if last == nil || ctx.Err() == nil {
+		timedOut := status.Code(err) == codes.DeadlineExceeded || errors.Is(err, context.DeadlineExceeded)
+		if last == nil || !timedOut {
 			last = err
 		}
 		if ctx.Err() != nil || !pauseFor(ctx, pause) {

@@ -38,7 +38,7 @@ const (
 	FinishTimeout = 2 * time.Minute
 	// FailureGrace is how long the manager, once KubeVirt reports a failure,
 	// waits for an agent to tell the cause.
-	FailureGrace = 3 * time.Second
+	FailureGrace = 2 * time.Second
 
 	// conflictRetry is when a reconcile that lost against another writer is
 	// repeated; the cache holds the other's version by then.

@@ -13,7 +13,7 @@ import (
 // migration ends while the VF can still go on where it is.
 func (v *VF) Capture(ctx context.Context) (*State, error) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	if v.held == nil {
 		return nil, fmt.Errorf("capture: %w", ErrNotQuiesced)
 	}
@@ -37,10 +37,12 @@ func (v *VF) Capture(ctx context.Context) (*State, error) {
 		s.Registers = append(s.Registers, RegValue{Offset: r.Offset, Value: value})
 	}
 	for _, q := range v.queues {
+		head := v.current(q.Head)
 		s.Queues = append(s.Queues, QueueState{
 			Direction: q.Direction, Index: q.Index,
-			Head: v.b.Read(q.Head), Tail: v.current(q.Tail),
-			Enabled: v.current(q.Ctl)&q.Enable != 0,
+			Head: head, Tail: v.current(q.Tail),
+			Enabled:  v.current(q.Ctl)&q.Enable != 0,
+			Contexts: v.contexts(v.rings[q.Ctl], head),
 		})
 	}
 	for _, c := range v.counters {

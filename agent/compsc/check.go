@@ -48,8 +48,13 @@ func incompatible(reason, format string, args ...any) error {
 // Capabilities is what Probe has found out about a VF and its PF.
 type Capabilities struct {
 	// WritableRXHeads and WritableTXHeads tell whether every head of the
-	// direction takes a value other than zero while its queue is off.
+	// direction takes a value other than zero while its queue is off, and
+	// keeps it when the queue is turned on.
 	WritableRXHeads, WritableTXHeads bool
+	// RXHeads and TXHeads name the way to bring a head of the direction to
+	// where it was, one of the Heads constants, where it cannot be written;
+	// empty for none.
+	RXHeads, TXHeads string
 	// Offer is what the PF offers.
 	Offer family.Offer
 }
@@ -77,11 +82,11 @@ func CheckSummary(f family.Family, sum family.Summary, headsInUse bool, caps Cap
 
 // checkHeads judges whether heads other than zero can be restored.
 func (c Capabilities) checkHeads(rx, tx bool) error {
-	if rx && !c.WritableRXHeads {
-		return incompatible(ReasonHeadNotRestorable, "receive rings are in use, and the target's VF does not take the position of a receive ring")
+	if rx && !c.WritableRXHeads && c.RXHeads == "" {
+		return incompatible(ReasonHeadNotRestorable, "receive rings are in use, and the target's VF does not take the position of a receive ring by any means")
 	}
-	if tx && !c.WritableTXHeads {
-		return incompatible(ReasonHeadNotRestorable, "transmit rings are in use, and the target's VF does not take the position of a transmit ring")
+	if tx && !c.WritableTXHeads && c.TXHeads == "" {
+		return incompatible(ReasonHeadNotRestorable, "transmit rings are in use, and the target's VF does not take the position of a transmit ring by any means")
 	}
 	return nil
 }
@@ -97,8 +102,18 @@ func (v *VF) Check(s *State, c Capabilities) error {
 		return err
 	}
 	needs := map[family.Direction]bool{}
-	for _, q := range s.Queues {
-		needs[q.Direction] = needs[q.Direction] || q.Enabled && q.Head != 0
+	for i, q := range s.Queues {
+		if !q.Enabled || q.Head == 0 {
+			continue
+		}
+		needs[q.Direction] = true
+		if q.Direction == family.RX && c.WritableRXHeads || q.Direction == family.TX && c.WritableTXHeads {
+			continue
+		}
+		at, _ := slices.BinarySearchFunc(s.Registers, v.queues[i].LEN, func(r RegValue, off uint32) int { return int(r.Offset) - int(off) })
+		if _, _, err := v.scratchOf(v.queues[i], s.Registers[at].Value); err != nil {
+			return incompatible(ReasonHeadNotRestorable, "the position of a ring cannot be written on the target's VF, and: %v", err)
+		}
 	}
 	return c.checkHeads(needs[family.RX], needs[family.TX])
 }
@@ -161,6 +176,20 @@ func (v *VF) validateQueues(s *State, values map[uint32]uint32) error {
 		mask := v.regs[want.Head].Mask & v.regs[want.Tail].Mask
 		if q.Head&^mask != 0 || q.Tail&^mask != 0 {
 			return incompatible(ReasonStateInvalid, "%s: head %d or tail %d is out of range", queueName(want), q.Head, q.Tail)
+		}
+		if len(q.Contexts) > want.ContextSlots {
+			return incompatible(ReasonStateInvalid, "%s has %d context slots, the state %d", queueName(want), want.ContextSlots, len(q.Contexts))
+		}
+		for slot, d := range q.Contexts {
+			if d == nil {
+				continue
+			}
+			if len(d) != int(want.DescriptorSize) {
+				return incompatible(ReasonStateInvalid, "%s: context %d has %d bytes, want %d", queueName(want), slot, len(d), want.DescriptorSize)
+			}
+			if got, ok := v.f.Descriptors().ContextSlot(d); !ok || got != slot {
+				return incompatible(ReasonStateInvalid, "%s: the context of slot %d is none that fills it", queueName(want), slot)
+			}
 		}
 		if !q.Enabled {
 			continue

@@ -2,6 +2,7 @@ package compsc
 
 import (
 	"context"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -17,9 +18,11 @@ func TestProbe(t *testing.T) {
 		spoil func(*fakeVF)
 		want  Capabilities
 	}{
-		{"all", func(d *fakeVF) { d.mo = 3 }, Capabilities{true, true, family.Offer{APIs: all, MulticastFilterType: 3}}},
-		{"no heads", func(d *fakeVF) { d.fixedHeads = true }, Capabilities{false, false, family.Offer{APIs: all}}},
-		{"no API", func(d *fakeVF) { d.refuse[ixgbevf.MsgAPINegotiate] = true }, Capabilities{true, true, family.Offer{}}},
+		{"all", func(d *fakeVF) { d.mo = 3 }, Capabilities{WritableRXHeads: true, WritableTXHeads: true, Offer: family.Offer{APIs: all, MulticastFilterType: 3}}},
+		{"no heads", func(d *fakeVF) { d.fixedHeads = true }, Capabilities{Offer: family.Offer{APIs: all}}},
+		{"heads lost when turned on", func(d *fakeVF) { d.headsLost = true }, Capabilities{Offer: family.Offer{APIs: all}}},
+		{"heads lost when turned off", func(d *fakeVF) { d.headsLostOff = true }, Capabilities{Offer: family.Offer{APIs: all}}},
+		{"no API", func(d *fakeVF) { d.refuse[ixgbevf.MsgAPINegotiate] = true }, Capabilities{WritableRXHeads: true, WritableTXHeads: true, Offer: family.Offer{}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			d := usedTarget()
@@ -42,6 +45,13 @@ func TestProbe(t *testing.T) {
 		t.Error("probed a PF that does not answer")
 	}
 	checkClean(t, d, "after a failed probe")
+
+	stuck := newFake()
+	stuck.stuck[ixgbevf.VFTXDCTL(1)] = true
+	v, _ = newVF(stuck)
+	if _, err := v.Probe(context.Background()); err == nil || !strings.Contains(err.Error(), "tx queue 1 is off") {
+		t.Errorf("error %v for a queue that stays on", err)
+	}
 }
 
 func TestCheck(t *testing.T) {
@@ -53,7 +63,7 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := usedTarget()
-	w, _ := newVF(target)
+	w := newMemoryVF(target)
 	caps, err := w.Probe(context.Background())
 	if err != nil {
 		t.Fatal(err)
@@ -76,6 +86,13 @@ func TestCheck(t *testing.T) {
 		{"head outside", func(s *State, _ *Capabilities) { s.Queues[0].Head = ringSize }, ReasonStateInvalid},
 		{"tail outside", func(s *State, _ *Capabilities) { s.Queues[0].Tail = ringSize + 1 }, ReasonStateInvalid},
 		{"head too wide", func(s *State, _ *Capabilities) { s.Queues[0].Enabled, s.Queues[0].Head = false, 1<<16 }, ReasonStateInvalid},
+		{"too many contexts", func(s *State, _ *Capabilities) { s.Queues[2].Contexts = make([][]byte, 3) }, ReasonStateInvalid},
+		{"context of a receive queue", func(s *State, _ *Capabilities) { s.Queues[0].Contexts = make([][]byte, 1) }, ReasonStateInvalid},
+		{"context of the other slot", func(s *State, _ *Capabilities) {
+			s.Queues[2].Contexts = [][]byte{contextDescriptor(1, 0)}
+		}, ReasonStateInvalid},
+		{"no context", func(s *State, _ *Capabilities) { s.Queues[2].Contexts = [][]byte{make([]byte, 16)} }, ReasonStateInvalid},
+		{"short context", func(s *State, _ *Capabilities) { s.Queues[2].Contexts = [][]byte{make([]byte, 15)} }, ReasonStateInvalid},
 		{"counter missing", func(s *State, _ *Capabilities) { s.Counters = s.Counters[1:] }, ReasonFamilyMismatch},
 		{"counter too wide", func(s *State, _ *Capabilities) { s.Counters[0].Value = 1 << 32 }, ReasonStateInvalid},
 		{"mailbox short", func(s *State, _ *Capabilities) { s.Mailbox.Memory = nil }, ReasonStateInvalid},
@@ -86,6 +103,14 @@ func TestCheck(t *testing.T) {
 		{"filter type", func(_ *State, c *Capabilities) { c.Offer.MulticastFilterType = 1 }, ReasonMulticastFilterMismatch},
 		{"receive heads", func(_ *State, c *Capabilities) { c.WritableRXHeads = false }, ReasonHeadNotRestorable},
 		{"transmit heads", func(_ *State, c *Capabilities) { c.WritableTXHeads = false }, ReasonHeadNotRestorable},
+		{"heads by other ways", func(_ *State, c *Capabilities) {
+			c.WritableRXHeads, c.RXHeads = false, HeadsDummyAdvance
+			c.WritableTXHeads, c.TXHeads = false, HeadsDummyAdvance
+		}, ""},
+		{"too little scratch memory", func(_ *State, c *Capabilities) {
+			c.WritableRXHeads, c.RXHeads = false, HeadsShadowRing
+			w.o.Scratch = smallScratch{}
+		}, ReasonHeadNotRestorable},
 		{"heads at zero", func(s *State, c *Capabilities) {
 			for i := range s.Queues {
 				s.Queues[i].Head = 0

@@ -66,6 +66,15 @@ type Options struct {
 	ResetTimeout time.Duration
 	// Clock for all of these. Default the system's.
 	Clock Clock
+	// RelayPoll is the time between two looks at a shadow ring whose guest gets
+	// no interrupts. Default 50 microseconds.
+	RelayPoll time.Duration
+	// Memory is the guest's. Without it no context of a transmit queue moves,
+	// and a head that the device forgets when its queue stops is lost.
+	Memory Memory
+	// Scratch is memory to work on rings with. Without it contexts are not
+	// loaded, and heads that cannot be written cannot be restored.
+	Scratch Scratch
 	// Logger for what is unusual but no error. Default slog.Default().
 	Logger *slog.Logger
 }
@@ -77,6 +86,7 @@ func (o Options) withDefaults() Options {
 		}
 	}
 	set(&o.Poll, 100*time.Microsecond)
+	set(&o.RelayPoll, 50*time.Microsecond)
 	set(&o.QueueTimeout, 100*time.Millisecond)
 	set(&o.DrainTimeout, 50*time.Millisecond)
 	set(&o.MailboxTimeout, time.Second)
@@ -115,6 +125,13 @@ type VF struct {
 	resetBit uint32
 	resets   atomic.Uint64
 
+	// rings has each queue under the offset of each of its registers.
+	rings map[uint32]*ring
+	// relays counts the rings under relay; due tells that they are to be
+	// looked after before the lock is released.
+	relays atomic.Int32
+	due    atomic.Bool
+
 	mu        sync.Mutex
 	counters  []*counter
 	counterAt map[uint32]*counter
@@ -129,6 +146,10 @@ type VF struct {
 	heads map[uint32]uint32
 	// causes are interrupt causes taken from the device but not raised again.
 	causes uint32
+	// watching tells that the goroutine that looks after relays is there.
+	watching bool
+	// fixed has the directions whose heads Probe found not to be writable.
+	fixed map[family.Direction]bool
 }
 
 // New returns the engine of a VF whose driver is not loaded yet, or that is
@@ -141,11 +162,20 @@ func New(f family.Family, b Backend, o Options) *VF {
 		irq:       f.Interrupts(),
 		box:       f.Mailbox(),
 		counterAt: make(map[uint32]*counter),
+		rings:     make(map[uint32]*ring),
 		log:       f.NewLog(),
 	}
 	v.resetReg, v.resetBit = f.ResetRegister()
 	for _, r := range f.Registers() {
 		v.regs[r.Offset] = r
+	}
+	for _, q := range v.queues {
+		r := &ring{Queue: q}
+		for _, off := range []uint32{q.BAL, q.BAH, q.LEN, q.Head, q.Tail, q.Ctl, q.WBAL, q.WBAH} {
+			if off != 0 {
+				v.rings[off] = r
+			}
+		}
 	}
 	for _, c := range f.Counters() {
 		k := &counter{Counter: c}
@@ -165,7 +195,7 @@ func (v *VF) GuestResets() uint64 { return v.resets.Load() }
 // Summary tells what a target must know of the VF to give its verdict.
 func (v *VF) Summary() family.Summary {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	return v.log.Summary()
 }
 
@@ -173,7 +203,7 @@ func (v *VF) Summary() family.Summary {
 // than zero when the VF is captured.
 func (v *VF) HeadsInUse() bool {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	for _, q := range v.queues {
 		if v.current(q.Ctl)&q.Enable != 0 {
 			return true
@@ -187,7 +217,7 @@ func (v *VF) HeadsInUse() bool {
 // harmless. For a quiesced VF it happens when that ends.
 func (v *VF) Kick() {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	var vectors uint32
 	for _, off := range v.irq.Assign {
 		for value := v.b.Read(off); value != 0; value >>= 8 {
@@ -210,6 +240,14 @@ func (v *VF) Kick() {
 func (v *VF) current(off uint32) uint32 {
 	if value, ok := v.held[off]; ok {
 		return value
+	}
+	if head, ok := v.heads[off]; ok {
+		return head
+	}
+	if r := v.rings[off]; r != nil {
+		if value, ok := r.show(off); ok {
+			return value
+		}
 	}
 	return v.b.Read(off)
 }

@@ -2,7 +2,6 @@ package compsc
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"maps"
 	"slices"
@@ -58,7 +57,9 @@ type fakeVF struct {
 	replyAfter     int             // ticks until a reply
 	mute           bool            // the PF never replies
 	fixedHeads     bool            // heads cannot be written
+	zeroHeads      bool            // heads take only 0
 	headsLost      bool            // heads fall to 0 when a queue is enabled
+	headsLostOff   bool            // heads fall to 0 when a queue is disabled
 	deafTails      bool            // tails are ignored while the queue is off
 	stuck          map[uint32]bool // control registers whose queue stays on
 	linkDown       bool            // nothing is transmitted
@@ -66,11 +67,47 @@ type fakeVF struct {
 	gone           bool
 	reply          []uint32
 	replyIn        int
-	writes         []uint32 // offsets written, in order
+	writes         []uint32          // offsets written, in order
+	countdownsLost int               // writes to VTEITR that restart the countdown
+	onOff          func(base uint32) // runs when a queue is about to go off
+	mem            fakeMemory
+	contexts       map[uint32][2]string // by block of a transmit queue
 }
 
 func newFake() *fakeVF {
-	return &fakeVF{regs: map[uint32]uint32{}, refuse: map[uint32]bool{}, stuck: map[uint32]bool{}}
+	return &fakeVF{regs: map[uint32]uint32{}, refuse: map[uint32]bool{}, stuck: map[uint32]bool{},
+		mem: fakeMemory{}, contexts: map[uint32][2]string{}}
+}
+
+// fakeMemory is memory by its aligned 16 bytes; what was never written is 0.
+type fakeMemory map[uint64][16]byte
+
+func (m fakeMemory) ReadAt(addr uint64, p []byte) error {
+	for i := range p {
+		at := addr + uint64(i)
+		p[i] = m[at/16][at%16]
+	}
+	return nil
+}
+
+func (m fakeMemory) WriteAt(addr uint64, p []byte) error {
+	for i, b := range p {
+		at := addr + uint64(i)
+		d := m[at/16]
+		d[at%16] = b
+		m[at/16] = d
+	}
+	return nil
+}
+
+// fakeScratch is a part of that memory.
+type fakeScratch struct{ fakeMemory }
+
+func (fakeScratch) Range() (uint64, int) { return 1 << 40, 64 << 10 }
+
+// contextDescriptor is one that fills the slot, and recognisable.
+func contextDescriptor(slot int, mark byte) []byte {
+	return []byte{mark, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2 << 4, 1 << 5, byte(slot << 4), 0, 0, 0}
 }
 
 // queueOf finds the block of a queue register.
@@ -128,6 +165,9 @@ func (d *fakeVF) Write(off, value uint32) {
 	case ixgbevf.VFSTATUS, ixgbevf.VFLINKS:
 	default:
 		if off >= ixgbevf.VTEITR(0) && off <= ixgbevf.VTEITR(2) {
+			if value&ixgbevf.EITRCountWDis == 0 {
+				d.countdownsLost++
+			}
 			value &^= ixgbevf.EITRCountWDis
 		}
 		d.regs[off] = value
@@ -138,7 +178,7 @@ func (d *fakeVF) writeQueue(base, inner, value uint32) {
 	off := base + inner
 	switch inner {
 	case 0x10:
-		if !d.fixedHeads && !d.enabled(base) {
+		if !d.fixedHeads && !d.enabled(base) && (value == 0 || !d.zeroHeads) {
 			d.regs[off] = value
 		}
 	case 0x18:
@@ -155,8 +195,11 @@ func (d *fakeVF) writeQueue(base, inner, value uint32) {
 		if d.stuck[off] {
 			value |= ixgbevf.QueueEnable
 		}
+		if was && value&ixgbevf.QueueEnable == 0 && d.onOff != nil {
+			d.onOff(base)
+		}
 		d.regs[off] = value
-		if d.enabled(base) && !was && d.headsLost {
+		if d.enabled(base) && !was && d.headsLost || !d.enabled(base) && was && d.headsLostOff {
 			d.regs[base+0x10] = 0
 		}
 	default:
@@ -166,7 +209,16 @@ func (d *fakeVF) writeQueue(base, inner, value uint32) {
 
 func (d *fakeVF) transmit(base uint32) {
 	size := d.regs[base+8] / 16
+	ring := uint64(d.regs[base+4])<<32 | uint64(d.regs[base])
 	for !d.linkDown && size > 0 && d.regs[base+0x10] != d.regs[base+0x18] {
+		desc := d.mem[ring/16+uint64(d.regs[base+0x10])]
+		if desc[10]>>4 == 2 && desc[11]&(1<<5) != 0 {
+			slots := d.contexts[base]
+			slots[desc[12]>>4&1] = string(desc[:])
+			d.contexts[base] = slots
+			d.regs[base+0x10] = (d.regs[base+0x10] + 1) % size
+			continue
+		}
 		d.regs[base+0x10] = (d.regs[base+0x10] + 1) % size
 		d.regs[ixgbevf.VFGPTC]++
 		d.count36(ixgbevf.VFGOTCLSB, 60)
@@ -324,11 +376,18 @@ func (d *fakeVF) snapshot() (map[uint32]uint32, pfState) {
 	return regs, d.pf
 }
 
+// newMemoryVF puts an engine on a fake device, with memory.
+func newMemoryVF(d *fakeVF) *VF {
+	v, _ := newVF(d)
+	v.o.Memory, v.o.Scratch = d.mem, fakeScratch{d.mem}
+	return v
+}
+
 // newVF puts an engine on a fake device.
 func newVF(d *fakeVF) (*VF, *testClock) {
 	clock := &testClock{now: time.Unix(1000, 0), tick: d.tick}
 	return New(ixgbevf.New(0), d, Options{VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID,
-		Clock: clock, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}), clock
+		Clock: clock, Logger: slog.New(slog.DiscardHandler)}), clock
 }
 
 // send has the guest's driver send a message and take the reply.

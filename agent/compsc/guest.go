@@ -1,6 +1,8 @@
 package compsc
 
 import (
+	"context"
+
 	"compsc.io/compsc/agent/family"
 )
 
@@ -9,7 +11,7 @@ import (
 // gone.
 func (v *VF) GuestRead(off uint32) uint32 {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	r, ok := v.regs[off]
 	if !ok || r.Access&family.Readable == 0 {
 		return 0
@@ -32,7 +34,7 @@ func (v *VF) GuestRead(off uint32) uint32 {
 // have are written as 0.
 func (v *VF) GuestWrite(off, val uint32) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	r, ok := v.regs[off]
 	if !ok || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
 		return
@@ -48,6 +50,9 @@ func (v *VF) GuestWrite(off, val uint32) {
 		v.guestMailboxWrite(val)
 	case v.held != nil && v.writeHeld(off, val):
 	default:
+		if r := v.rings[off]; r != nil && v.guestQueueWrite(r, off, val) {
+			return
+		}
 		v.b.Write(off, val)
 	}
 }
@@ -58,7 +63,7 @@ func (v *VF) GuestWrite(off, val uint32) {
 // monitor, and is not counted among the guest's.
 func (v *VF) FunctionReset(do func()) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	v.afterReset(do)
 }
 
@@ -80,6 +85,20 @@ func (v *VF) afterReset(reset func()) {
 	v.mail.request = nil
 	v.mail.readClear = 0
 	v.causes = 0
+	for _, q := range v.queues {
+		r := v.rings[q.Ctl]
+		v.unfollow(r)
+		if r.relay == nil {
+			continue
+		}
+		ctx, cancel := v.undoContext(context.Background())
+		head, err := v.endRelay(ctx, r)
+		cancel()
+		if err != nil {
+			v.o.Logger.Warn("a relay did not end with the reset", "queue", queueName(q), "error", err)
+		}
+		v.showHead(r, head)
+	}
 	if v.held == nil {
 		return
 	}

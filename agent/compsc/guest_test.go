@@ -50,6 +50,15 @@ func TestGuestAccessIsConfined(t *testing.T) {
 	}
 }
 
+func TestGuestReadsNoOtherBits(t *testing.T) {
+	d := newFake()
+	v, _ := newVF(d)
+	d.regs[ixgbevf.VFPSRTYPE] = 0xfffffff0
+	if got := v.GuestRead(ixgbevf.VFPSRTYPE); got != 0xe0001330 {
+		t.Errorf("VFPSRTYPE reads %#x, want 0xe0001330", got)
+	}
+}
+
 func TestGuestSeesThatDeviceIsGone(t *testing.T) {
 	d := newFake()
 	v, _ := newVF(d)
@@ -254,6 +263,39 @@ func TestHeadsInUse(t *testing.T) {
 	capture(t, v)
 	if !v.HeadsInUse() {
 		t.Error("not in use once quiesced")
+	}
+}
+
+func TestKickOfQuiesced(t *testing.T) {
+	d := newFake()
+	v, _ := newVF(d)
+	boot(t, v, d)
+	capture(t, v)
+	v.Kick()
+	if got := d.regs[ixgbevf.VTEICR]; got != 0 {
+		t.Errorf("causes %#x while quiesced, want none", got)
+	}
+	if err := v.Unquiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.regs[ixgbevf.VTEICR]; got != 7 {
+		t.Errorf("causes %#x afterwards, want 7", got)
+	}
+}
+
+// Bits that were kept for the guest die with a reset, as the device's do.
+func TestGuestResetDropsKeptBits(t *testing.T) {
+	d := newFake()
+	v, _ := newVF(d)
+	boot(t, v, d)
+	d.ping()
+	capture(t, v)
+	if err := v.Unquiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	v.GuestWrite(ixgbevf.VFCTRL, ixgbevf.CtrlRST)
+	if got := v.GuestRead(ixgbevf.VFMAILBOX); got != ixgbevf.MailboxRSTD {
+		t.Errorf("VFMAILBOX reads %#x, want RSTD alone", got)
 	}
 }
 

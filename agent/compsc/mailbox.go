@@ -154,6 +154,12 @@ func (v *VF) exchange(ctx context.Context, request []uint32) ([]uint32, error) {
 // replay sends the messages of a record and checks the replies.
 func (v *VF) replay(ctx context.Context, messages []family.Message) (int, error) {
 	for i, m := range messages {
+		if len(m.Words) == 0 {
+			if err := v.resetDevice(ctx); err != nil {
+				return i, fmt.Errorf("replay of %s: %w", m.Name, err)
+			}
+			continue
+		}
 		reply, err := v.exchange(ctx, m.Words)
 		if err != nil {
 			return i, fmt.Errorf("replay of %s: %w", m.Name, err)

@@ -15,7 +15,7 @@ import (
 // before, and if not even that could be had, the error says so.
 func (v *VF) Quiesce(ctx context.Context) error {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	if v.held != nil {
 		return nil
 	}
@@ -47,20 +47,18 @@ func (v *VF) stop(ctx context.Context) error {
 			return ErrGone
 		}
 		v.held[q.Ctl] = ctl &^ q.Flush
-		v.held[q.Tail] = v.b.Read(q.Tail)
+		v.held[q.Tail] = v.current(q.Tail)
 		if err := v.drain(ctx, q, ctl); err != nil {
 			return err
 		}
-		if err := v.turnOff(ctx, q, ctl); err != nil {
+		head, err := v.stopHead(ctx, q, ctl)
+		if err != nil {
 			return err
 		}
-		v.heads[q.Head] = v.b.Read(q.Head)
+		v.heads[q.Head] = head
 	}
-	if _, err := v.settleMailbox(ctx); err != nil {
-		return err
-	}
-	v.causes |= v.b.Read(v.irq.Cause) & v.irq.All
-	return nil
+	_, err := v.settleMailbox(ctx)
+	return err
 }
 
 // drain waits for a transmit queue to run empty. One that does not, say
@@ -71,7 +69,10 @@ func (v *VF) drain(ctx context.Context, q family.Queue, ctl uint32) error {
 		return nil
 	}
 	err := v.poll(ctx, v.o.DrainTimeout, queueName(q)+" is empty", func() (bool, error) {
-		head := v.b.Read(q.Head)
+		if r := v.rings[q.Ctl]; r.relay != nil {
+			v.pump(r)
+		}
+		head := v.current(q.Head)
 		if head == allOnes {
 			return false, ErrGone
 		}
@@ -79,7 +80,7 @@ func (v *VF) drain(ctx context.Context, q family.Queue, ctl uint32) error {
 	})
 	if errors.Is(err, errTimeout) {
 		v.o.Logger.Warn("a transmit queue did not run empty; its rest is left to the target",
-			"queue", q.Index, "head", v.b.Read(q.Head), "tail", v.held[q.Tail])
+			"queue", q.Index, "head", v.current(q.Head), "tail", v.held[q.Tail])
 		return nil
 	}
 	return err
@@ -113,7 +114,7 @@ func (v *VF) turnOff(ctx context.Context, q family.Queue, ctl uint32) error {
 // counts as running, as far as it does.
 func (v *VF) Unquiesce(ctx context.Context) error {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	if v.held == nil {
 		return nil
 	}
@@ -140,6 +141,10 @@ func (v *VF) resume(ctx context.Context) error {
 
 func (v *VF) resumeQueue(ctx context.Context, q family.Queue, ctl uint32) error {
 	head, stopped := v.heads[q.Head]
+	r := v.rings[q.Ctl]
+	if ctl&q.Enable == 0 {
+		v.unfollow(r)
+	}
 	switch {
 	case ctl&q.Enable == 0 || !stopped:
 		// It was off before, or it failed to turn off.
@@ -147,15 +152,18 @@ func (v *VF) resumeQueue(ctx context.Context, q family.Queue, ctl uint32) error 
 			v.b.Write(q.Ctl, ctl)
 		}
 	default:
-		if err := v.setHead(q, head); err != nil {
+		v.follow(r, head)
+		if _, err := v.bringHead(ctx, r, head, v.contexts(r, head)); err != nil {
 			return err
 		}
 		if err := v.turnOn(ctx, q, ctl, head, v.held[q.Tail]); err != nil {
 			return err
 		}
 	}
-	if tail := v.held[q.Tail]; v.b.Read(q.Tail) != tail || stopped && ctl&q.Enable != 0 {
-		v.b.Write(q.Tail, tail)
+	tail := v.held[q.Tail]
+	v.handOver(r, tail)
+	if v.current(q.Tail) != tail || stopped && ctl&q.Enable != 0 {
+		v.ringTail(r, tail)
 	}
 	return nil
 }
@@ -202,6 +210,9 @@ func (v *VF) verifyHead(q family.Queue, head uint32, when string) error {
 // accepted only if it has the wanted one; any other would make it use
 // descriptors that are not its own.
 func (v *VF) turnOn(ctx context.Context, q family.Queue, ctl, head, tail uint32) error {
+	if v.rings[q.Ctl].relay != nil {
+		head, tail = 0, 0 // of the shadow ring, which has no descriptors yet
+	}
 	v.b.Write(q.Tail, head)
 	there := v.b.Read(q.Tail)
 	if there != head && there != tail {

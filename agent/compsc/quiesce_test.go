@@ -130,6 +130,61 @@ func TestUnsentDescriptorsMove(t *testing.T) {
 	}
 }
 
+// What can still be sent is sent before the queue is turned off.
+func TestQuiesceDrainsTransmit(t *testing.T) {
+	d := newFake()
+	v, clock := newVF(d)
+	boot(t, v, d)
+	d.linkDown = true
+	v.GuestWrite(ixgbevf.VFTDT(0), 25)
+	ticks := 0
+	clock.tick = func() {
+		if ticks++; ticks == 3 {
+			d.linkDown = false
+			d.transmit(0x2000)
+		}
+	}
+	if s := capture(t, v); s.Queues[2].Head != 25 {
+		t.Errorf("captured head %d, want 25", s.Queues[2].Head)
+	}
+}
+
+// A request that reaches the VF after the quiesce is answered before the
+// capture.
+func TestLateRequest(t *testing.T) {
+	d := newFake()
+	v, _ := newVF(d)
+	boot(t, v, d)
+	capture(t, v)
+	d.replyAfter = 3
+	v.GuestWrite(ixgbevf.VFMBMEM, ixgbevf.MsgGetLinkState)
+	v.GuestWrite(ixgbevf.VFMAILBOX, ixgbevf.MailboxREQ)
+	s := capture(t, v)
+	if s.Mailbox.ReadClear&ixgbevf.MailboxPFSTS == 0 || s.Mailbox.Memory[0]&ixgbevf.MsgACK == 0 {
+		t.Errorf("captured without the reply: %+v", s.Mailbox)
+	}
+}
+
+func TestCaptureLeavesOutWhatIsNoState(t *testing.T) {
+	d := newFake()
+	v, _ := newVF(d)
+	boot(t, v, d)
+	if err := v.Quiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	d.regs[ixgbevf.VTEITR(2)] = ixgbevf.EITRCountWDis | 0x10
+	s, err := v.Capture(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[uint32]uint32{ixgbevf.VTEITR(2): 0x10, ixgbevf.VFTXDCTL(0): 0x00080120, ixgbevf.VFRXDCTL(0): ixgbevf.RXDCTLVME}
+	for _, r := range s.Registers {
+		if value, ok := want[r.Offset]; ok && r.Value != value {
+			t.Errorf("register %#x is captured as %#x, want %#x", r.Offset, r.Value, value)
+		}
+	}
+}
+
 // A request whose reply is due is waited for, recorded, and its reply shown
 // to the guest where it goes on.
 func TestOpenRequestIsShownOnTarget(t *testing.T) {
@@ -227,7 +282,10 @@ func TestLateWritesWaitForTheEnd(t *testing.T) {
 	v.GuestWrite(ixgbevf.VFTDT(0), 30)
 	v.GuestWrite(ixgbevf.VTEIMC, 1)
 	v.GuestWrite(ixgbevf.VTEICS, 4)
-	v.GuestWrite(ixgbevf.VFRXDCTL(1), ixgbevf.RXDCTLVME)
+	v.GuestWrite(ixgbevf.VFRXDCTL(1), ixgbevf.RXDCTLVME|ixgbevf.QueueFlush)
+	if got := v.GuestRead(ixgbevf.VFRXDCTL(1)); got != ixgbevf.RXDCTLVME {
+		t.Errorf("the control reads %#x, want a flush to be over", got)
+	}
 	if got := v.GuestRead(ixgbevf.VFTDT(0)); got != 30 {
 		t.Errorf("the tail reads %d, want 30", got)
 	}

@@ -9,20 +9,12 @@ import (
 	"compsc.io/compsc/agent/family"
 )
 
-// Strategies to bring the heads of rings to where they were.
-const (
-	// HeadsNone: no ring was in use.
-	HeadsNone = "none"
-	// HeadsWriteVerify: written while the queue was off, and read back before
-	// and after it was turned on.
-	HeadsWriteVerify = "write-verify"
-)
-
 // RestoreReport tells how a restore went.
 type RestoreReport struct {
 	// ReplayedOperations counts the messages sent to the PF.
 	ReplayedOperations int
-	// HeadsStrategy is one of the Heads constants.
+	// HeadsStrategy is one of the Heads constants, or, when the directions
+	// differ, "rx=" with one and "tx=" with another.
 	HeadsStrategy string
 }
 
@@ -32,6 +24,7 @@ type restoration struct {
 	s      *State
 	log    family.Log
 	report RestoreReport
+	ways   map[family.Direction]string
 }
 
 // step is one step of a restore.
@@ -48,6 +41,7 @@ var restoreSteps = []step{
 	{"reset", (*restoration).reset},
 	{"replay", (*restoration).replay},
 	{"registers", (*restoration).registers},
+	{"contexts", (*restoration).contexts},
 	{"heads", (*restoration).heads},
 	{"counters", (*restoration).counters},
 	{"enable", (*restoration).enable},
@@ -63,12 +57,12 @@ var restoreSteps = []step{
 // trying again would not help.
 func (v *VF) Restore(ctx context.Context, s *State) (RestoreReport, error) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	return v.restore(ctx, s, restoreSteps)
 }
 
 func (v *VF) restore(ctx context.Context, s *State, steps []step) (RestoreReport, error) {
-	r := &restoration{v: v, s: s, report: RestoreReport{HeadsStrategy: HeadsNone}}
+	r := &restoration{v: v, s: s, report: RestoreReport{HeadsStrategy: HeadsNone}, ways: make(map[family.Direction]string)}
 	log, err := v.validate(s)
 	if err == nil {
 		r.log = log
@@ -93,7 +87,7 @@ func (v *VF) restore(ctx context.Context, s *State, steps []step) (RestoreReport
 
 func (r *restoration) reset(ctx context.Context) error {
 	v := r.v
-	v.held, v.heads, v.causes, v.mail = nil, nil, 0, mail{}
+	v.forget()
 	v.log = r.log
 	return v.resetDevice(ctx)
 }
@@ -114,21 +108,47 @@ func (r *restoration) registers(context.Context) error {
 	return nil
 }
 
-// heads puts every head where it was. That of a queue which is off is a mere
-// courtesy, for the driver programs it before it turns the queue on.
-func (r *restoration) heads(context.Context) error {
+// contexts fills the context slots of the transmit queues that run. A VF that
+// cannot is one whose PF lets it send nothing, or that has no scratch memory:
+// it still serves drivers that fill the slots for each packet anew.
+func (r *restoration) contexts(ctx context.Context) error {
 	for i, q := range r.v.queues {
-		err := r.v.setHead(q, r.s.Queues[i].Head)
-		switch {
-		case r.s.Queues[i].Enabled:
-			r.report.HeadsStrategy = HeadsWriteVerify
-			if err != nil {
-				return err
-			}
-		case err != nil:
-			r.v.o.Logger.Info("the head of a queue that is off stays different", "error", err)
+		ring := r.v.rings[q.Ctl]
+		ring.slots = r.s.Queues[i].Contexts
+		if !r.s.Queues[i].Enabled {
+			continue
+		}
+		err := r.v.loadContexts(ctx, ring, ring.slots)
+		if errors.Is(err, ErrGone) || ctx.Err() != nil {
+			return err
+		}
+		if err != nil {
+			r.v.o.Logger.Warn("the contexts of a transmit queue are not restored; a driver that relies on them sends damaged packets",
+				"queue", q.Index, "error", err)
 		}
 	}
+	return nil
+}
+
+// heads puts every head where it was. That of a queue which is off matters
+// only once it is turned on; until then the guest is shown it. Looped frames raise causes, which are nobody's.
+func (r *restoration) heads(ctx context.Context) error {
+	for i, q := range r.v.queues {
+		state := r.s.Queues[i]
+		if !state.Enabled {
+			if err := r.v.setHead(q, state.Head); err != nil {
+				r.v.showHead(r.v.rings[q.Ctl], state.Head)
+			}
+			continue
+		}
+		way, err := r.v.bringHead(ctx, r.v.rings[q.Ctl], state.Head, state.Contexts)
+		if err != nil {
+			return err
+		}
+		r.ways[q.Direction] = worse(r.ways[q.Direction], way)
+	}
+	r.report.HeadsStrategy = headsReport(r.ways)
+	r.v.b.Read(r.v.irq.Cause)
 	return nil
 }
 
@@ -162,7 +182,12 @@ func (r *restoration) queue(q family.Queue) (QueueState, uint32) {
 // tails rings every doorbell; a queue that runs goes to work with it.
 func (r *restoration) tails(context.Context) error {
 	for i, q := range r.v.queues {
-		r.v.b.Write(q.Tail, r.s.Queues[i].Tail)
+		if state := r.s.Queues[i]; state.Enabled {
+			ring := r.v.rings[q.Ctl]
+			r.v.follow(ring, state.Head)
+			r.v.handOver(ring, state.Tail)
+		}
+		r.v.ringTail(r.v.rings[q.Ctl], r.s.Queues[i].Tail)
 	}
 	return nil
 }

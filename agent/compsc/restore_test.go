@@ -51,7 +51,7 @@ func differences(t *testing.T, source *fakeVF, target *fakeVF, before, after map
 	t.Helper()
 	wantRegs, wantPF := source.snapshot()
 	gotRegs, gotPF := target.snapshot()
-	return cmp.Diff(wantRegs, gotRegs) +
+	return cmp.Diff(wantRegs, gotRegs) + cmp.Diff(source.contexts, target.contexts) +
 		cmp.Diff(wantPF, gotPF, cmp.AllowUnexported(pfState{}), cmpopts.EquateEmpty()) +
 		cmp.Diff(before, after)
 }
@@ -61,11 +61,16 @@ func differences(t *testing.T, source *fakeVF, target *fakeVF, before, after map
 func migrate(t *testing.T, steps []step) (string, RestoreReport) {
 	t.Helper()
 	source, target := newFake(), usedTarget()
-	v, _ := newVF(source)
+	v := newMemoryVF(source)
+	for n := range uint64(ixgbevf.DefaultQueuePairs) {
+		ring := 1<<32 + 0x10000*(n+1)
+		_ = source.mem.WriteAt(ring+5*16, contextDescriptor(1, 77))
+		_ = source.mem.WriteAt(ring+6*16, contextDescriptor(1, byte(n+1)))
+	}
 	boot(t, v, source)
 	source.ping() // a message and a cause that the driver has not seen
 	s := capture(t, v)
-	w, _ := newVF(target)
+	w := newMemoryVF(target)
 	report, err := w.restore(context.Background(), s, steps)
 	if err != nil {
 		return err.Error(), report
@@ -75,7 +80,7 @@ func migrate(t *testing.T, steps []step) (string, RestoreReport) {
 	}
 	want, got := source.regs[ixgbevf.VTEICR], target.regs[ixgbevf.VTEICR]
 	diff := differences(t, source, target, guestView(v), guestView(w))
-	return diff + cmp.Diff(want, got), report
+	return diff + cmp.Diff(want, got) + cmp.Diff(v.Summary(), w.Summary()), report
 }
 
 func TestRestoreMakesTargetEqual(t *testing.T) {
@@ -168,8 +173,17 @@ func TestRestoreOrder(t *testing.T) {
 	v, _ := newVF(source)
 	boot(t, v, source)
 	w, _ := newVF(target)
+	target.writes = nil
 	if _, err := w.Restore(context.Background(), capture(t, v)); err != nil {
 		t.Fatal(err)
+	}
+	if target.countdownsLost != 0 {
+		t.Errorf("%d writes to VTEITR would restart a countdown", target.countdownsLost)
+	}
+	for _, off := range w.lateRegisters() {
+		if n := len(slices.DeleteFunc(slices.Clone(target.writes), func(o uint32) bool { return o != off })); n != 1 {
+			t.Errorf("register %#x is written %d times, want once and late", off, n)
+		}
 	}
 	last := func(off uint32) int {
 		at := -1
@@ -203,7 +217,7 @@ func TestRestoreFailsSilent(t *testing.T) {
 		reason string
 		text   string
 	}{
-		{"heads cannot be written", func(d *fakeVF) { d.fixedHeads = true }, ReasonHeadNotRestorable, "head must be"},
+		{"heads cannot be written", func(d *fakeVF) { d.fixedHeads = true }, ReasonHeadNotRestorable, "once written"},
 		{"heads fall when enabled", func(d *fakeVF) { d.headsLost = true }, ReasonHeadNotRestorable, "once the queue is on"},
 		{"tails stay elsewhere", func(d *fakeVF) { d.deafTails = true }, ReasonHeadNotRestorable, "tail was written"},
 		{"other filter type", func(d *fakeVF) { d.mo = 2 }, ReasonMailboxRefused, "multicast filter type"},
@@ -283,8 +297,12 @@ func TestScrub(t *testing.T) {
 	d := newFake()
 	v, _ := newVF(d)
 	boot(t, v, d)
+	v.counters[0].offset = 5
 	if err := v.Scrub(context.Background()); err != nil {
 		t.Fatal(err)
+	}
+	if got := v.GuestRead(ixgbevf.VFGPRC); got != d.regs[ixgbevf.VFGPRC] {
+		t.Errorf("VFGPRC reads %d, want the hardware's %d", got, d.regs[ixgbevf.VFGPRC])
 	}
 	checkClean(t, d, "after the scrub")
 	if sum := v.Summary(); sum.MAC != nil {

@@ -14,7 +14,7 @@ import (
 // dropped as well. It does all it can even if a part fails.
 func (v *VF) Scrub(ctx context.Context) error {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	if err := v.scrub(ctx); err != nil {
 		return fmt.Errorf("scrub: %w", err)
 	}
@@ -22,7 +22,7 @@ func (v *VF) Scrub(ctx context.Context) error {
 }
 
 func (v *VF) scrub(ctx context.Context) error {
-	v.held, v.heads, v.causes, v.mail = nil, nil, 0, mail{}
+	v.forget()
 	v.log = v.f.NewLog()
 	for _, c := range v.counters {
 		c.offset, c.latched = 0, false
@@ -43,14 +43,27 @@ func (v *VF) scrub(ctx context.Context) error {
 	return err
 }
 
+// forget drops all that the engine knows of the guest but for its record and
+// its counters. The device is to be reset next.
+func (v *VF) forget() {
+	v.held, v.heads, v.causes, v.mail = nil, nil, 0, mail{}
+	for _, q := range v.queues {
+		r := v.rings[q.Ctl]
+		if r.relay != nil {
+			v.relays.Add(-1)
+		}
+		*r = ring{Queue: q}
+	}
+}
+
 // Probe finds out what the VF and its PF can do: which heads take a value
-// other than zero, and what the PF offers through the mailbox. It is only for
+// other than zero and keep it, and what the PF offers through the mailbox. It is only for
 // a VF that nobody uses, and leaves it scrubbed. Asking the PF makes it
 // install the VF's address filter for as long as the questions take; all
-// queues are off.
+// queues are off then.
 func (v *VF) Probe(ctx context.Context) (Capabilities, error) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	caps, err := v.probe(ctx)
 	undo, cancel := v.undoContext(ctx)
 	defer cancel()
@@ -66,7 +79,10 @@ func (v *VF) probe(ctx context.Context) (Capabilities, error) {
 	}
 	caps := Capabilities{WritableRXHeads: true, WritableTXHeads: true}
 	for _, q := range v.queues {
-		ok := v.probeHead(q)
+		ok, err := v.probeWrite(ctx, q)
+		if err != nil {
+			return Capabilities{}, err
+		}
 		if q.Direction == family.RX {
 			caps.WritableRXHeads = caps.WritableRXHeads && ok
 		} else {
@@ -86,18 +102,107 @@ func (v *VF) probe(ctx context.Context) (Capabilities, error) {
 		return Capabilities{}, err
 	}
 	caps.Offer = offer
+	if err := v.probeWays(ctx, &caps); err != nil {
+		return Capabilities{}, err
+	}
+	v.fixed = map[family.Direction]bool{family.RX: !caps.WritableRXHeads, family.TX: !caps.WritableTXHeads}
 	return caps, nil
 }
 
-// probeHead tells whether the head of a queue that is off takes a value and
-// gives it up again. It is not turned on: the ring has no memory.
-func (v *VF) probeHead(q family.Queue) bool {
-	const descriptors, probe = 256, 0x55
-	v.b.Write(q.LEN, descriptors*q.DescriptorSize)
-	v.b.Write(q.Head, probe)
-	took := v.b.Read(q.Head) == probe
+// probeWays finds the ways for heads that cannot be written. The PF has seen
+// a RESET, so that the VF may send and receive.
+func (v *VF) probeWays(ctx context.Context, caps *Capabilities) error {
+	for _, d := range []struct {
+		family.Direction
+		writable bool
+		way      *string
+	}{
+		{family.RX, caps.WritableRXHeads, &caps.RXHeads},
+		{family.TX, caps.WritableTXHeads, &caps.TXHeads},
+	} {
+		if d.writable {
+			continue
+		}
+		for _, q := range v.queues {
+			if q.Direction != d.Direction {
+				continue
+			}
+			way, err := v.probeWay(ctx, v.rings[q.Ctl])
+			if err != nil {
+				return err
+			}
+			if *d.way = worse(*d.way, way); way == "" {
+				*d.way = ""
+				break
+			}
+			if d.Direction == family.RX {
+				break // without RSS set up, every frame goes to the first queue
+			}
+		}
+	}
+	return nil
+}
+
+// probeWay tries the ways for one queue that do not write its head.
+func (v *VF) probeWay(ctx context.Context, r *ring) (string, error) {
+	if _, _, err := v.scratchOf(r.Queue, probeRing*r.DescriptorSize); err != nil {
+		v.o.Logger.Info("a head that cannot be written cannot be brought anywhere", "queue", queueName(r.Queue), "error", err)
+		return "", nil
+	}
+	v.b.Write(r.LEN, probeRing*r.DescriptorSize)
+	var err error
+	if r.Direction == family.TX {
+		err = v.advance(ctx, r, probeHead, nil)
+	} else {
+		err = v.walkFrames(ctx, r, probeHead, broadcast)
+	}
+	offErr := v.turnOff(ctx, r.Queue, v.b.Read(r.Ctl))
+	v.b.Write(r.LEN, 0)
+	switch {
+	case err == nil:
+		return HeadsDummyAdvance, offErr
+	case errors.Is(err, ErrGone) || ctx.Err() != nil:
+		return "", err
+	case offErr == nil && v.o.Memory != nil && v.setHead(r.Queue, 0) == nil:
+		return HeadsShadowRing, nil
+	}
+	v.o.Logger.Info("a head cannot be advanced on this VF", "queue", queueName(r.Queue), "error", err)
+	return "", offErr
+}
+
+// What heads are probed with: a ring of that many descriptors, and a place in
+// it that no device comes to by itself.
+const probeRing, probeHead = 256, 0x55
+
+// broadcast is the address that the PF lets through without being asked.
+var broadcast = []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// probeWrite tells whether the head of a queue takes a value, keeps it while
+// the queue is turned on, and gives it up; and without the guest's memory,
+// which also tells where a queue stopped, also while it is turned off. The
+// queue is turned on with an empty ring, so that the device touches no memory.
+func (v *VF) probeWrite(ctx context.Context, q family.Queue) (bool, error) {
+	v.b.Write(q.LEN, probeRing*q.DescriptorSize)
+	err := v.setHead(q, probeHead)
+	if err == nil {
+		err = v.turnOn(ctx, q, 0, probeHead, probeHead)
+	}
+	if err == nil {
+		err = v.turnOff(ctx, q, q.Enable)
+	}
+	if err == nil && v.o.Memory == nil {
+		err = v.verifyHead(q, probeHead, "once the queue is off")
+	}
+	var no *IncompatibleError
+	if err != nil && !errors.As(err, &no) {
+		return false, err
+	}
+	// Whatever it was, the next guest finds the queue off and at 0.
+	offErr := v.turnOff(ctx, q, v.b.Read(q.Ctl))
 	v.b.Write(q.Head, 0)
-	gone := v.b.Read(q.Head) == 0
 	v.b.Write(q.LEN, 0)
-	return took && gone
+	if no != nil {
+		v.o.Logger.Info("a head cannot be written on this VF", "error", err)
+	}
+	return no == nil && v.b.Read(q.Head) == 0, offErr
 }

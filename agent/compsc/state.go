@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -56,6 +57,10 @@ type QueueState struct {
 	// Head and Tail are indices of descriptors.
 	Head, Tail uint32
 	Enabled    bool
+	// Contexts has, of a transmit queue, the descriptor that filled each
+	// context slot, nil for a slot that was never seen filled. It is empty
+	// when all are, and in states of format version 1.
+	Contexts [][]byte
 }
 
 // CounterValue is the value of one counter; Offset is that of its low half.
@@ -79,10 +84,12 @@ type MailboxState struct {
 const MaxStateSize = 64 << 10
 
 // The envelope around the protobuf body: magic, format version, length of the
-// body, SHA-256 of the body; numbers are big-endian.
+// body, SHA-256 of the body; numbers are big-endian. A state is written in the
+// oldest version that holds all of it, so that a node of an older release
+// takes it where that is right. Version 2 added the queues' contexts.
 const (
 	stateMagic   = "CSCS"
-	stateVersion = 1
+	stateVersion = 2
 	envelopeSize = len(stateMagic) + 4 + 4 + sha256.Size
 )
 
@@ -96,6 +103,8 @@ const (
 	maxLogSize      = 16 << 10
 	maxPCIConfig    = 4 << 10
 	maxMSIXTable    = 32 << 10
+	maxContexts     = 8
+	maxDescriptor   = 64
 )
 
 // Encode returns the state in its envelope. Equal states have equal
@@ -112,7 +121,7 @@ func (s *State) Encode() ([]byte, error) {
 	}
 	for _, q := range s.Queues {
 		p.Queues = append(p.Queues, &statepb.Queue{Tx: q.Direction == family.TX, Index: uint32(q.Index),
-			Head: q.Head, Tail: q.Tail, Enabled: q.Enabled})
+			Head: q.Head, Tail: q.Tail, Enabled: q.Enabled, Contexts: q.Contexts})
 	}
 	for _, c := range s.Counters {
 		p.Counters = append(p.Counters, &statepb.Counter{Offset: c.Offset, Value: c.Value})
@@ -129,7 +138,7 @@ func (s *State) Encode() ([]byte, error) {
 	}
 	sum := sha256.Sum256(body)
 	b := append(make([]byte, 0, envelopeSize+len(body)), stateMagic...)
-	b = binary.BigEndian.AppendUint32(b, stateVersion)
+	b = binary.BigEndian.AppendUint32(b, versionOf(p))
 	b = binary.BigEndian.AppendUint32(b, uint32(len(body)))
 	b = append(b, sum[:]...)
 	return append(b, body...), nil
@@ -138,7 +147,7 @@ func (s *State) Encode() ([]byte, error) {
 // Decode reads what Encode wrote. It checks the envelope and the bounds of
 // everything; whether the state fits a device is for VF.Check.
 func Decode(b []byte) (*State, error) {
-	body, err := openEnvelope(b)
+	version, body, err := openEnvelope(b)
 	if err != nil {
 		return nil, fmt.Errorf("decode state: %w", err)
 	}
@@ -148,6 +157,9 @@ func Decode(b []byte) (*State, error) {
 	}
 	if err := validateBody(p); err != nil {
 		return nil, fmt.Errorf("decode state: %w", err)
+	}
+	if need := versionOf(p); need > version {
+		return nil, fmt.Errorf("decode state: format version %d has a field of version %d", version, need)
 	}
 	s := &State{
 		Family: p.Family, VendorID: uint16(p.VendorId), DeviceID: uint16(p.DeviceId),
@@ -163,7 +175,8 @@ func Decode(b []byte) (*State, error) {
 		if q.Tx {
 			d = family.TX
 		}
-		s.Queues = append(s.Queues, QueueState{Direction: d, Index: int(q.Index), Head: q.Head, Tail: q.Tail, Enabled: q.Enabled})
+		s.Queues = append(s.Queues, QueueState{Direction: d, Index: int(q.Index), Head: q.Head, Tail: q.Tail, Enabled: q.Enabled,
+			Contexts: contextsOf(q)})
 	}
 	for _, c := range p.Counters {
 		s.Counters = append(s.Counters, CounterValue{Offset: c.Offset, Value: c.Value})
@@ -171,32 +184,51 @@ func Decode(b []byte) (*State, error) {
 	return s, nil
 }
 
-// openEnvelope checks the envelope and returns the body.
-func openEnvelope(b []byte) ([]byte, error) {
+// versionOf is the oldest format version that holds all of the body.
+func versionOf(p *statepb.State) uint32 {
+	if slices.ContainsFunc(p.Queues, func(q *statepb.Queue) bool { return len(q.GetContexts()) > 0 }) {
+		return 2
+	}
+	return 1
+}
+
+// contextsOf has nil for what is empty, as Capture has it.
+func contextsOf(q *statepb.Queue) [][]byte {
+	contexts := slices.Clone(q.Contexts)
+	for i, d := range contexts {
+		if len(d) == 0 {
+			contexts[i] = nil
+		}
+	}
+	return contexts
+}
+
+// openEnvelope checks the envelope and returns format version and body.
+func openEnvelope(b []byte) (uint32, []byte, error) {
 	if len(b) > MaxStateSize {
-		return nil, fmt.Errorf("%d bytes, at most %d are allowed", len(b), MaxStateSize)
+		return 0, nil, fmt.Errorf("%d bytes, at most %d are allowed", len(b), MaxStateSize)
 	}
 	if len(b) < envelopeSize {
-		return nil, fmt.Errorf("%d bytes are less than an envelope of %d", len(b), envelopeSize)
+		return 0, nil, fmt.Errorf("%d bytes are less than an envelope of %d", len(b), envelopeSize)
 	}
 	if got := string(b[:len(stateMagic)]); got != stateMagic {
-		return nil, fmt.Errorf("starts with %q, not with %q: this is not the state of a VF", got, stateMagic)
+		return 0, nil, fmt.Errorf("starts with %q, not with %q: this is not the state of a VF", got, stateMagic)
 	}
 	rest := b[len(stateMagic):]
 	version, length := binary.BigEndian.Uint32(rest), binary.BigEndian.Uint32(rest[4:])
 	sum, body := rest[8:8+sha256.Size], rest[8+sha256.Size:]
 	switch {
 	case version > stateVersion:
-		return nil, fmt.Errorf("format version %d is newer than version %d, the newest this release reads: "+
+		return 0, nil, fmt.Errorf("format version %d is newer than version %d, the newest this release reads: "+
 			"upgrade this node's release", version, stateVersion)
-	case version != stateVersion:
-		return nil, fmt.Errorf("format version %d is unknown", version)
+	case version == 0:
+		return 0, nil, fmt.Errorf("format version %d is unknown", version)
 	case uint64(length) != uint64(len(body)):
-		return nil, fmt.Errorf("the body has %d bytes, its envelope says %d", len(body), length)
+		return 0, nil, fmt.Errorf("the body has %d bytes, its envelope says %d", len(body), length)
 	case sha256.Sum256(body) != [sha256.Size]byte(sum):
-		return nil, errors.New("the checksum does not match: the state was damaged on its way")
+		return 0, nil, errors.New("the checksum does not match: the state was damaged on its way")
 	}
-	return body, nil
+	return version, body, nil
 }
 
 // validateBody checks every bound, and that nothing is in the body that this
@@ -236,6 +268,14 @@ func validateBody(p *statepb.State) error {
 		unknown += len(q.ProtoReflect().GetUnknown())
 		if err := tooMany("queue index", int(q.GetIndex()), maxQueues-1); err != nil {
 			return err
+		}
+		if err := tooMany("contexts of a queue", len(q.GetContexts()), maxContexts); err != nil {
+			return err
+		}
+		for _, d := range q.GetContexts() {
+			if err := tooMany("context, bytes", len(d), maxDescriptor); err != nil {
+				return err
+			}
 		}
 	}
 	for _, c := range p.Counters {

@@ -25,8 +25,8 @@ func goldenState() *State {
 		Family: "ixgbevf", VendorID: 0x8086, DeviceID: 0x10ed,
 		MigrationUID: "0b5a7a1e-6c0c-4f0e-9d0b-0d8a4f2f9a11", Interface: "net1", Epoch: 7,
 		Registers: []RegValue{{0x110, 3}, {0x120, 0x8080}, {0x1000, 0xfffff000}},
-		Queues: []QueueState{{family.RX, 0, 5, 250, true}, {family.RX, 1, 0, 0, false},
-			{family.TX, 0, 17, 20, true}, {family.TX, 1, 0, 0, false}},
+		Queues: []QueueState{{Direction: family.RX, Head: 5, Tail: 250, Enabled: true}, {Direction: family.RX, Index: 1},
+			{Direction: family.TX, Head: 17, Tail: 20, Enabled: true}, {Direction: family.TX, Index: 1}},
 		Counters: []CounterValue{{0x101c, 1 << 31}, {0x1020, 1<<36 - 1}},
 		Mailbox:  MailboxState{Memory: []uint32{0x80000005, 0, 0xffffffff}, ReadClear: 0x30, Held: true},
 		Log:      []byte{1, 0}, Causes: 2,
@@ -52,28 +52,41 @@ func TestStateRoundTrip(t *testing.T) {
 	}
 }
 
-// A state written by this version must be readable by every later release.
+// goldenStateV2 has what version 2 added.
+func goldenStateV2() *State {
+	s := goldenState()
+	s.Queues[2].Contexts = [][]byte{nil, contextDescriptor(1, 42)}
+	return s
+}
+
+// A state written by any version must be readable by every later release, and
+// one that needs no more is still written in the old version.
 func TestDecodeGolden(t *testing.T) {
-	path := filepath.Join("testdata", "state-v1.bin")
-	if *update {
-		b, err := goldenState().Encode()
+	for name, want := range map[string]*State{"state-v1.bin": goldenState(), "state-v2.bin": goldenStateV2()} {
+		path := filepath.Join("testdata", name)
+		encoded, err := want.Encode()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(path, b, 0o644); err != nil {
+		if *update {
+			if err := os.WriteFile(path, encoded, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := Decode(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(goldenState(), got); diff != "" {
-		t.Errorf("golden file decoded differently (-want +got):\n%s", diff)
+		if !bytes.Equal(b, encoded) {
+			t.Errorf("%s: encoded differently today", name)
+		}
+		got, err := Decode(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s decoded differently (-want +got):\n%s", name, diff)
+		}
 	}
 }
 
@@ -113,7 +126,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"nothing", nil, "less than an envelope"},
 		{"too large", make([]byte, MaxStateSize+1), "at most"},
 		{"other magic", changed(0), "not the state of a VF"},
-		{"newer version", envelope(2, nil), "newer"},
+		{"newer version", envelope(3, nil), "newer"},
 		{"version 0", envelope(0, nil), "version 0 is unknown"},
 		{"length", changed(11), "envelope says"},
 		{"checksum", changed(12), "checksum"},
@@ -129,6 +142,9 @@ func TestDecodeRefuses(t *testing.T) {
 			Registers: []*statepb.Register{{Offset: 8}, {Offset: 8}}})), "ascend"},
 		{"queue index", envelope(1, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Index: 64}}})), "queue index"},
 		{"queues", envelope(1, marshal(t, &statepb.State{Queues: make([]*statepb.Queue, 65)})), "queues"},
+		{"contexts in version 1", envelope(1, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: [][]byte{{1}}}}})), "field of version 2"},
+		{"contexts", envelope(2, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: make([][]byte, 9)}}})), "contexts"},
+		{"long context", envelope(2, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: [][]byte{make([]byte, 65)}}}})), "context, bytes"},
 		{"counters", envelope(1, marshal(t, &statepb.State{Counters: make([]*statepb.Counter, 65)})), "counters"},
 		{"mailbox", envelope(1, marshal(t, &statepb.State{Mailbox: &statepb.Mailbox{Memory: make([]uint32, 65)}})), "mailbox words"},
 		{"record", envelope(1, marshal(t, &statepb.State{Log: make([]byte, maxLogSize+1)})), "mailbox record"},
@@ -168,6 +184,11 @@ func FuzzDecode(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(good[envelopeSize:])
+	newer, err := goldenStateV2().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(newer[envelopeSize:])
 	f.Add([]byte{})
 	f.Add([]byte{0x3a, 0x05, 0x08, 0x01, 0x15, 0, 0})
 	f.Fuzz(func(t *testing.T, body []byte) {

@@ -39,6 +39,9 @@ type iface struct {
 	vectors []*vfiouser.Eventfd // nil entries: not connected
 	missed  []bool              // fired while not connected
 	running chan struct{}       // closed while the VF runs; open while it is stopped
+	// waitUntil is until when the guest's accesses wait for a stopped VF; set
+	// by the first of them.
+	waitUntil time.Time
 }
 
 // attachedVF is a VF with what drives it.
@@ -89,12 +92,14 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 			return fmt.Errorf("VF %s: MAC: %w", h.VF, err)
 		}
 	}
-	s, err := openSilicon(h, dt, files, tracked{&i.memory, &i.pages}, i.fire, i.log)
+	memory := tracked{&i.memory, &i.pages}
+	s, err := openSilicon(h, dt, files, memory, i.fire, i.log)
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
 	vf := &attachedVF{handoff: h, device: dt, silicon: s}
-	vf.engine = compsc.New(dt.family, s, compsc.Options{VendorID: dt.vendor, DeviceID: dt.device, Logger: i.log})
+	vf.engine = compsc.New(dt.family, s, compsc.Options{
+		VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Scratch: s.Scratch(), Logger: i.log})
 	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
 	defer cancel()
 	// A VF may come with what a previous tenant left in it.
@@ -304,6 +309,7 @@ func (i *iface) setRunning(on bool) {
 	case <-i.running:
 		if !on {
 			i.running = make(chan struct{})
+			i.waitUntil = time.Time{}
 		}
 	default:
 		if on {
@@ -318,8 +324,9 @@ func (i *iface) watchDriver() {
 	i.watching.Store(true)
 }
 
-// stoppedAccess bounds how long an access of the guest waits for a stopped VF
-// to run: the VM resumed a moment before the VF.
+// stoppedAccess bounds how long the guest's accesses wait for a stopped VF to
+// run, all together for each stop: the VM resumed a moment before the VF. QEMU
+// gives the device up when an answer takes 5 s (x-msg-timeout).
 const stoppedAccess = 2 * time.Second
 
 // touched is called before each access of the guest.
@@ -336,18 +343,32 @@ func (i *iface) touched() {
 		return
 	default:
 	}
+	if phase, _ := i.p.current(); phase == pb.Phase_PHASE_RELINQUISHED {
+		// Running again takes a word of the target. Until then the engine
+		// keeps what the guest writes.
+		return
+	}
 	// The VM runs although the VF is stopped: its migration has failed, and
 	// QEMU's event is still on its way or the monitor is gone.
 	go i.p.resumed()
+	i.mu.Lock()
+	if i.waitUntil.IsZero() {
+		i.waitUntil = time.Now().Add(stoppedAccess)
+	}
+	left := time.Until(i.waitUntil)
+	i.mu.Unlock()
 	select {
 	case <-ch:
-	case <-time.After(stoppedAccess):
+	case <-time.After(left):
 		i.log.Error("the guest uses a VF that is stopped")
 	}
 }
 
 // fire raises a vector.
 func (i *iface) fire(vector int) {
+	if vf := i.get(); vf != nil {
+		vf.engine.Interrupt(vector) // the guest shall find what the vector tells of
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if vector < 0 || vector >= len(i.vectors) {

@@ -94,7 +94,22 @@ func (p *pair) copyRAM() {
 }
 
 func TestMigration(t *testing.T) {
-	p := newPair(t, nil)
+	for name, c := range map[string]struct {
+		change func(*Options, *handoff.Handoff)
+		heads  string
+	}{
+		"heads can be written": {nil, "write-verify"},
+		"receive heads cannot be written": {func(_ *Options, h *handoff.Handoff) { h.Model.ReadOnlyRXHead = true },
+			"rx=shadow-ring,tx=write-verify"},
+		"transmit heads cannot be written": {func(_ *Options, h *handoff.Handoff) { h.Model.ReadOnlyTXHead = true },
+			"rx=write-verify,tx=dummy-advance"},
+	} {
+		t.Run(name, func(t *testing.T) { testMigration(t, c.change, c.heads) })
+	}
+}
+
+func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads string) {
+	p := newPair(t, change)
 	p.precopy()
 
 	// While pre-copy runs, the guest goes on.
@@ -153,8 +168,8 @@ func TestMigration(t *testing.T) {
 	if e := <-start; e != 0 {
 		t.Fatalf("QEMU's start failed with errno %d", e)
 	}
-	if a.Interfaces[0].ReplayedOperations == 0 || a.Interfaces[0].HeadsStrategy == "" {
-		t.Errorf("restore report %v is empty", a.Interfaces[0])
+	if a.Interfaces[0].ReplayedOperations == 0 || a.Interfaces[0].HeadsStrategy != heads {
+		t.Errorf("restore report %v, want some operations and heads by %s", a.Interfaces[0], heads)
 	}
 	if got := p.dst.config(cfgBAR3, 4); got != tableAddr|0xc {
 		t.Errorf("BAR3 on the target = %#x, want %#x", got, tableAddr|0xc)
@@ -396,9 +411,8 @@ func TestTargetRefusesBeforehand(t *testing.T) {
 		change func(*Options, *handoff.Handoff)
 		reason string
 	}{
-		"heads cannot be written": {func(_ *Options, h *handoff.Handoff) { h.Model.ReadOnlyRXHead = true }, "HeadNotRestorable"},
-		"other multicast filter":  {func(_ *Options, h *handoff.Handoff) { h.Model.MulticastFilterType = 2 }, "MulticastFilterTypeMismatch"},
-		"other MAC":               {func(_ *Options, h *handoff.Handoff) { h.MAC = "52:54:00:00:00:02" }, "Incompatible"},
+		"other multicast filter": {func(_ *Options, h *handoff.Handoff) { h.Model.MulticastFilterType = 2 }, "MulticastFilterTypeMismatch"},
+		"other MAC":              {func(_ *Options, h *handoff.Handoff) { h.MAC = "52:54:00:00:00:02" }, "Incompatible"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, c.change)

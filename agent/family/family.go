@@ -4,6 +4,11 @@
 // below this one hold one family each.
 package family
 
+import (
+	"fmt"
+	"strings"
+)
+
 // Class says how a register's state moves to another VF (CompSC, VEE 2012).
 type Class uint8
 
@@ -20,6 +25,15 @@ const (
 	// Derive: recomputed on the target from memory or from other state.
 	Derive
 )
+
+// String names the class.
+func (c Class) String() string {
+	names := []string{"skip", "copy", "replay", "emulate", "derive"}
+	if int(c) < len(names) {
+		return names[c]
+	}
+	return fmt.Sprintf("class %d", uint8(c))
+}
 
 // Access says what reads and writes of a register do. Flags combine.
 type Access uint8
@@ -44,6 +58,23 @@ const (
 	WO = Writable
 	RW = Readable | Writable
 )
+
+// String lists what the access is made of, such as "read, write".
+func (a Access) String() string {
+	var parts []string
+	for _, f := range []struct {
+		flag Access
+		name string
+	}{
+		{Readable, "read"}, {ReadClears, "read clears"}, {Writable, "write"},
+		{WriteOneSets, "write 1 sets"}, {WriteOneClears, "write 1 clears"},
+	} {
+		if a&f.flag != 0 {
+			parts = append(parts, f.name)
+		}
+	}
+	return strings.Join(parts, ", ")
+}
 
 // Register is one register of a VF's BAR0. All are 32 bits wide.
 type Register struct {
@@ -101,6 +132,46 @@ type Queue struct {
 	Flush uint32
 	// DescriptorSize in bytes: LEN divided by it is the size of the ring.
 	DescriptorSize uint32
+	// Format is the register that decides the format of the descriptors, 0
+	// when each tells its own.
+	Format uint32
+	// Assign is the register that assigns the queue's causes to a vector, in
+	// the byte that starts at bit AssignShift.
+	Assign      uint32
+	AssignShift uint
+	// ContextSlots is how many offload contexts the queue remembers: context
+	// descriptors fill them, and nothing reads them back.
+	ContextSlots int
+}
+
+// Descriptors knows the formats of a family's descriptors, as far as a ring
+// can be worked on without its driver. Each method takes one whole descriptor.
+type Descriptors interface {
+	// ContextSlot tells which context slot of its queue a transmit descriptor
+	// fills; ok is false for one that fills none.
+	ContextSlot(d []byte) (slot int, ok bool)
+	// IdleContext returns a transmit descriptor that fills context slot 0 and
+	// does nothing else: no frame, no write-back.
+	IdleContext() []byte
+	// Buffer returns a receive descriptor as a driver hands it to the device:
+	// a buffer at an even address, and no other for headers.
+	Buffer(addr uint64) []byte
+	// Done tells whether the device has written the descriptor back. Format is
+	// the value of the queue's format register.
+	Done(d Direction, format uint32, descriptor []byte) bool
+	// EndOfPacket tells whether the descriptor is the last of its packet: a
+	// transmit descriptor as the driver wrote it, a receive descriptor as the
+	// device wrote it back.
+	EndOfPacket(d Direction, format uint32, descriptor []byte) bool
+	// HandOver makes a receive descriptor that its driver refilled fit to tell
+	// with Done when the device is through with it: drivers may leave that of
+	// the last lap.
+	HandOver(format uint32, descriptor []byte)
+	// Reports tells whether a transmit descriptor asks to be written back.
+	Reports(descriptor []byte) bool
+	// Packet tells whether a transmit descriptor is part of a packet; a
+	// context descriptor is not.
+	Packet(descriptor []byte) bool
 }
 
 // Counter is one statistics counter that the guest can read but not write.
@@ -163,6 +234,8 @@ type Family interface {
 	Interrupts() Interrupts
 	// Mailbox gives the mailbox's layout.
 	Mailbox() Mailbox
+	// Descriptors gives the formats of the descriptors.
+	Descriptors() Descriptors
 	// ResetRegister and ResetBit start a reset of the VF when written.
 	ResetRegister() (offset, bit uint32)
 	// NewLog returns an empty record of mailbox operations.
@@ -190,8 +263,8 @@ type Offer struct {
 // Log is the record of what the guest has asked of the PF: not a list of
 // messages but the state they add up to. Not safe for concurrent use.
 type Log interface {
-	// Reset notes that the VF was reset by its reset bit, which takes
-	// everything the PF knew of it.
+	// Reset notes that the VF was reset by its reset bit, which takes what the
+	// PF did for it.
 	Reset()
 	// Completed notes one message and the PF's reply to it. Words it does not
 	// know how to read are kept out of the record.
@@ -209,7 +282,7 @@ type Log interface {
 type Message struct {
 	// Name of the operation, for reports.
 	Name string
-	// Words of the message.
+	// Words of the message; none stand for a reset of the VF by its reset bit.
 	Words []uint32
 	// Check judges the PF's reply; nil error means the target PF did as the
 	// source's PF had done.

@@ -72,6 +72,10 @@ type ModelTraits struct {
 	ReadOnlyTXHead bool
 	// MulticastFilterType is the PF's MO (MCSTCTRL), 0 to 3.
 	MulticastFilterType uint32
+	// MTU is the PF's own, 0 for 1500. Above 1500 the 82599's rule for jumbo
+	// frames lets its VFs use them too (specification update 3.1,
+	// clarification 14).
+	MTU int
 	// Trust tells whether the PF trusts its VFs.
 	Trust bool
 }

@@ -47,7 +47,7 @@ type ModelPF struct {
 
 // ParseModelPF reads a flag's value: comma-separated name=value with name,
 // vfs and bridge, and optionally mtu (9000), rx-head-writable (true),
-// tx-head-writable (true), multicast-filter-type (0) and trust (false).
+// tx-head-writable (true), multicast-filter-type (0), trust (false) and pf-mtu (1500).
 func ParseModelPF(s string) (ModelPF, error) {
 	p := ModelPF{MTU: defaultMTU}
 	seen := map[string]bool{}
@@ -102,6 +102,8 @@ func (p *ModelPF) set(key, value string) error {
 		n, err := strconv.ParseUint(value, 10, 2)
 		p.Traits.MulticastFilterType = uint32(n)
 		return err
+	case "pf-mtu":
+		return number(&p.Traits.MTU)
 	default:
 		return errors.New("no such setting")
 	}
@@ -118,6 +120,8 @@ func (p *ModelPF) validate() error {
 		return fmt.Errorf("model PF %s: %d VFs, want 1 to %d", p.Name, p.VFs, maxModelVFs)
 	case p.MTU < 1280 || p.MTU > maxMTU:
 		return fmt.Errorf("model PF %s: mtu %d, want 1280 to %d", p.Name, p.MTU, maxMTU)
+	case p.Traits.MTU != 0 && (p.Traits.MTU < 1280 || p.Traits.MTU > maxMTU):
+		return fmt.Errorf("model PF %s: pf-mtu %d, want 1280 to %d", p.Name, p.Traits.MTU, maxMTU)
 	}
 	return nil
 }

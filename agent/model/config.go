@@ -38,6 +38,9 @@ type Counters struct {
 // of a field is a choice too. See the package comment for what is known of
 // each.
 type Config struct {
+	// DeviceID is the VF's PCI device id, one of ixgbevf.Members; 0, and any
+	// that is none of these, stands for the 82599's.
+	DeviceID uint16
 	// QueuePairs the PF gives the VF, 1 to 8; only 2 or more allow RSS.
 	QueuePairs int
 	// WritableRXHead lets software write any value to VFRDH of a disabled
@@ -48,6 +51,8 @@ type Config struct {
 	// HeadsPersistAcrossDisable keeps head and tail when a queue is disabled;
 	// otherwise the head goes to zero there.
 	HeadsPersistAcrossDisable bool
+	// Loopback lets Loop send frames from the PF to the VF.
+	Loopback bool
 	// CountersClearedByReset zeroes the statistics on every reset of the VF.
 	CountersClearedByReset bool
 	// ClearToSendSurvivesFLR leaves the VF clear to send messages to the PF

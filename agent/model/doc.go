@@ -1,6 +1,7 @@
 // Package model is a behavioural model of one virtual function of an Intel
-// 82599: its registers, two or more queue pairs, three MSI-X vectors, the part
-// of the PF that it talks to through the mailbox, and the network behind it.
+// 82599, or of a member of its family (Config.DeviceID): its registers, two or
+// more queue pairs, three MSI-X vectors, the part of the PF that it talks to
+// through the mailbox, and the network behind it.
 // It stands in for silicon where there is none, and for nothing else: no other
 // package learns from it how a VF behaves.
 //
@@ -40,6 +41,9 @@
 // bad; a bounded packet buffer, drop-enable by VFSRRCTL or by the PF. Frames
 // have at least 60 octets.
 //
+// Members: VFRXDCTL.RLPML of an X540 and its successors, and no jumbo rule for
+// them; the VF's own RSS key and table of an X550 and its successors [V, P].
+//
 // Transmit: legacy and advanced descriptors, two context slots per queue,
 // segmentation of TCP and UDP, IP, TCP, UDP and SCTP checksums, VLAN tags by
 // descriptor and by port VLAN, DD only where RS was set, head write-back
@@ -58,6 +62,8 @@
 //     off: Config.WritableRXHead and WritableTXHead. With the queue on, writes
 //     are ignored.
 //   - Whether heads outlive a disabled queue: Config.HeadsPersistAcrossDisable.
+//   - Whether the PF sends frames to its VF through the internal switch when
+//     asked to: Config.Loopback.
 //   - Whether a reset clears statistics: Config.CountersClearedByReset. Whether
 //     octets include the FCS: here they do not. Whether reading the low half
 //     of an octet counter latches the high half: here it does not.

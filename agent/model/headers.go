@@ -74,6 +74,14 @@ func parse(f []byte) headers {
 	return h
 }
 
+// untaggedLength is the length of a frame without its VLAN tag.
+func (h headers) untaggedLength(f []byte) int {
+	if h.tagged {
+		return len(f) - vlanTag
+	}
+	return len(f)
+}
+
 func (h *headers) parseIPv4(f []byte, at int) {
 	if len(f) < at+ipv4Header || f[at]>>4 != 4 {
 		return

@@ -81,7 +81,7 @@ func (p *pf) reset(cfg Config, m *[ixgbevf.MailboxWords]uint32) {
 	p.macOn = p.mac != macAddr{}
 	p.cts, p.vfte = true, true
 	p.qde = cfg.ForceDropEnable
-	p.vfre = cfg.PFMaxFrame <= maxStandard
+	p.vfre = cfg.PFMaxFrame <= maxStandard || cfg.DeviceID != ixgbevf.DeviceID
 	m[0] = ixgbevf.MsgReset | ixgbevf.MsgNACK
 	if p.macOn && p.adminMAC {
 		m[0] = ixgbevf.MsgReset | ixgbevf.MsgACK
@@ -188,10 +188,17 @@ func (p *pf) setVLAN(cfg Config, vid uint16, add bool) bool {
 }
 
 // setLPE follows the 82599's rule that jumbo frames are for the PF and all of
-// its VFs or for none (specification update, clarification 14).
+// its VFs or for none (specification update, clarification 14). Its successors
+// bound them for each queue instead.
 func (p *pf) setLPE(cfg Config, frame uint32) bool {
 	pfJumbo := cfg.PFMaxFrame > maxStandard
 	ok := frame >= minLPE && frame <= maxJumboFrame
+	if cfg.DeviceID != ixgbevf.DeviceID {
+		if ok {
+			p.maxFrame = max(p.maxFrame, frame)
+		}
+		return ok
+	}
 	if ok && (!p.atLeast(ixgbevf.API11) || !pfJumbo) {
 		ok = !pfJumbo && frame <= maxStandard+fcs
 	}

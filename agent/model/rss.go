@@ -1,5 +1,11 @@
 package model
 
+import (
+	"encoding/binary"
+
+	"compsc.io/compsc/agent/family/ixgbevf"
+)
+
 // RSS types of the advanced receive descriptor.
 const (
 	rssTCPv4 = 1
@@ -23,7 +29,7 @@ var rssKey = [40]byte{
 
 // rss returns a frame's hash and its type, 0 for frames that have none. UDP
 // ports are left out, as the Linux PF driver does by default.
-func (h headers) rss(f []byte) (hash, kind uint32) {
+func (h headers) rss(f []byte, key *[40]byte) (hash, kind uint32) {
 	if h.ip == 0 {
 		return 0, 0
 	}
@@ -43,15 +49,15 @@ func (h headers) rss(f []byte) (hash, kind uint32) {
 	default:
 		kind = rssIPv4
 	}
-	return toeplitz(in), kind
+	return toeplitz(in, key), kind
 }
 
 // toeplitz hashes at most 36 bytes.
-func toeplitz(in []byte) uint32 {
+func toeplitz(in []byte, key *[40]byte) uint32 {
 	var hash uint32
-	window := be.Uint32(rssKey[:])
+	window := be.Uint32(key[:])
 	for i, b := range in {
-		next := rssKey[i+4]
+		next := key[i+4]
 		for bit := 7; bit >= 0; bit-- {
 			if b>>bit&1 != 0 {
 				hash ^= window
@@ -60,4 +66,24 @@ func toeplitz(in []byte) uint32 {
 		}
 	}
 	return hash
+}
+
+// ownRSS spreads a frame by the VF's own key and table, which an X550 and its
+// successors have, and tells whether that is on.
+func (v *VF) ownRSS(h headers, f []byte) (queue int, hash, kind uint32, on bool) {
+	fields := v.regs[ixgbevf.VFMRQC/4]
+	if fields&ixgbevf.MRQCEnable == 0 {
+		return 0, 0, 0, false
+	}
+	var key [40]byte
+	for n := range ixgbevf.RSSKeyWords {
+		binary.LittleEndian.PutUint32(key[4*n:], v.regs[ixgbevf.VFRSSRK(n)/4])
+	}
+	hash, kind = h.rss(f, &key)
+	if kind == 0 {
+		return 0, 0, 0, true
+	}
+	entry := hash % (4 * ixgbevf.RSSTableWords)
+	queue = int(v.regs[ixgbevf.VFRETA(int(entry/4))/4] >> (8 * (entry % 4)) & 0xff)
+	return queue % len(v.rx), hash, kind, true
 }

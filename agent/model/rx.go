@@ -2,6 +2,7 @@ package model
 
 import (
 	"encoding/binary"
+	"errors"
 
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
@@ -51,6 +52,16 @@ type rxFrame struct {
 	status    uint32
 }
 
+// Loop has the PF send a frame to the VF through its internal switch: what
+// Receive does, past the wire. It fails unless Config.Loopback allows it.
+func (v *VF) Loop(frame []byte) error {
+	if !v.cfg.Loopback {
+		return errors.New("the PF loops no frames to its VF")
+	}
+	v.Receive(frame)
+	return nil
+}
+
 // Receive takes a frame, without FCS, from the network. The VF keeps nothing
 // of it. What the PF's filters let through is stored in the guest's memory,
 // or dropped, or kept until the guest provides descriptors; it is done when
@@ -86,6 +97,10 @@ func (v *VF) Receive(frame []byte) {
 		v.stats.RXDisabled++
 		return
 	}
+	if limit := ctl & ixgbevf.RXDCTLLength; ctl&ixgbevf.RXDCTLLengthEnable != 0 && h.untaggedLength(f.data)+fcs > int(limit) {
+		v.stats.RXFiltered++
+		return
+	}
 	if ctl&ixgbevf.RXDCTLVME != 0 && h.tagged {
 		f.tag, f.tagged = h.tag, true
 		f.status |= rxVP
@@ -100,13 +115,18 @@ func (v *VF) Receive(frame []byte) {
 	v.drainRX(q)
 }
 
-// selectQueue spreads frames over the queues as VFPSRTYPE.RQPL asks for.
+// selectQueue spreads frames over the queues, by the VF's own RSS if it has
+// one that is on, else as VFPSRTYPE.RQPL asks for.
 func (v *VF) selectQueue(f *rxFrame, h headers) int {
+	if q, hash, kind, on := v.ownRSS(h, f.data); on {
+		f.hash, f.info = hash, f.info|kind
+		return q
+	}
 	queues := 1 << (v.regs[ixgbevf.VFPSRTYPE/4] >> psrtypeRQPL & 3)
 	if queues == 1 || len(v.rx) < queues {
 		return 0
 	}
-	hash, kind := h.rss(f.data)
+	hash, kind := h.rss(f.data, &rssKey)
 	if kind == 0 {
 		return 0
 	}

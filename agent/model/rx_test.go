@@ -312,11 +312,11 @@ func TestRSS(t *testing.T) {
 	be.PutUint16(f[24:], 0)
 	be.PutUint16(f[24:], ^sum(0, f[14:34]))
 	h := parse(f)
-	if hash, kind := h.rss(f); hash != 0x51ccc178 || kind != rssTCPv4 {
+	if hash, kind := h.rss(f, &rssKey); hash != 0x51ccc178 || kind != rssTCPv4 {
 		t.Errorf("TCP: hash %#x type %d, want 0x51ccc178 type %d", hash, kind, rssTCPv4)
 	}
 	h.proto = 0
-	if hash, kind := h.rss(f); hash != 0x323e8fc2 || kind != rssIPv4 {
+	if hash, kind := h.rss(f, &rssKey); hash != 0x323e8fc2 || kind != rssIPv4 {
 		t.Errorf("IP: hash %#x type %d, want 0x323e8fc2 type %d", hash, kind, rssIPv4)
 	}
 

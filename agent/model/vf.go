@@ -71,7 +71,12 @@ func New(cfg Config, mem Memory, wire Wire, irq func(vector int)) *VF {
 		done:     make(chan struct{}),
 	}
 	v.idle = sync.NewCond(&v.mu)
-	for _, r := range ixgbevf.New(cfg.QueuePairs).Registers() {
+	f, err := ixgbevf.ForDevice(ixgbevf.VendorID, cfg.DeviceID, cfg.QueuePairs)
+	if err != nil {
+		v.cfg.DeviceID = ixgbevf.DeviceID
+		f = ixgbevf.New(cfg.QueuePairs)
+	}
+	for _, r := range f.Registers() {
 		v.spec[r.Offset/4] = r
 	}
 	for n := range cfg.QueuePairs {
@@ -79,7 +84,7 @@ func New(cfg Config, mem Memory, wire Wire, irq func(vector int)) *VF {
 		v.regs[ixgbevf.VFSRRCTL(n)/4] = ixgbevf.SRRCTLDefault
 		v.regs[ixgbevf.VFDCATXCTRL(n)/4] = ixgbevf.DCATXDefault
 	}
-	v.pf.powerOn(cfg)
+	v.pf.powerOn(v.cfg)
 	v.regs[ixgbevf.VFMAILBOX/4] = ixgbevf.MailboxRSTD
 	go v.engine()
 	return v

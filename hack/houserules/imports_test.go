@@ -50,7 +50,9 @@ var rules = []rule{
 	{"agent/qemu/...", nil},
 	{"agent/vfio/...", nil},
 	{"api/...", []string{"api/..."}},
+	{"e2e/twin", []string{"agent/compsc", "agent/family/...", "agent/model"}},
 	{"e2e/...", []string{"api/...", "controllers", "agent/...", "e2e/..."}},
+	{"hack/genregs", []string{"agent/family/..."}},
 	{"hack/...", nil},
 }
 

@@ -231,12 +231,15 @@ func (x *Register) GetValue() uint32 {
 }
 
 type Queue struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tx            bool                   `protobuf:"varint,1,opt,name=tx,proto3" json:"tx,omitempty"`
-	Index         uint32                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
-	Head          uint32                 `protobuf:"varint,3,opt,name=head,proto3" json:"head,omitempty"`
-	Tail          uint32                 `protobuf:"varint,4,opt,name=tail,proto3" json:"tail,omitempty"`
-	Enabled       bool                   `protobuf:"varint,5,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Tx      bool                   `protobuf:"varint,1,opt,name=tx,proto3" json:"tx,omitempty"`
+	Index   uint32                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	Head    uint32                 `protobuf:"varint,3,opt,name=head,proto3" json:"head,omitempty"`
+	Tail    uint32                 `protobuf:"varint,4,opt,name=tail,proto3" json:"tail,omitempty"`
+	Enabled bool                   `protobuf:"varint,5,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	// Of a transmit queue, the descriptor that filled each context slot; empty
+	// for a slot that was never seen filled. Since format version 2.
+	Contexts      [][]byte `protobuf:"bytes,6,rep,name=contexts,proto3" json:"contexts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -304,6 +307,13 @@ func (x *Queue) GetEnabled() bool {
 		return x.Enabled
 	}
 	return false
+}
+
+func (x *Queue) GetContexts() [][]byte {
+	if x != nil {
+		return x.Contexts
+	}
+	return nil
 }
 
 type Counter struct {
@@ -447,13 +457,14 @@ const file_agent_compsc_statepb_state_proto_rawDesc = "" +
 	"msix_table\x18\x0e \x01(\fR\tmsixTable\"8\n" +
 	"\bRegister\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\rR\x06offset\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\aR\x05value\"o\n" +
+	"\x05value\x18\x02 \x01(\aR\x05value\"\x8b\x01\n" +
 	"\x05Queue\x12\x0e\n" +
 	"\x02tx\x18\x01 \x01(\bR\x02tx\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\rR\x05index\x12\x12\n" +
 	"\x04head\x18\x03 \x01(\rR\x04head\x12\x12\n" +
 	"\x04tail\x18\x04 \x01(\rR\x04tail\x12\x18\n" +
-	"\aenabled\x18\x05 \x01(\bR\aenabled\"7\n" +
+	"\aenabled\x18\x05 \x01(\bR\aenabled\x12\x1a\n" +
+	"\bcontexts\x18\x06 \x03(\fR\bcontexts\"7\n" +
 	"\aCounter\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\rR\x06offset\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value\"T\n" +

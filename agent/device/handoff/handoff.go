@@ -78,6 +78,8 @@ type Model struct {
 	ReadOnlyTXHead bool `json:"readOnlyTXHead,omitempty"`
 	// MulticastFilterType is the PF's MO, 0 to 3.
 	MulticastFilterType uint32 `json:"multicastFilterType,omitempty"`
+	// MTU is the PF's own, 0 for 1500.
+	MTU int `json:"mtu,omitempty"`
 }
 
 type reply struct {

@@ -19,29 +19,74 @@ type Family struct {
 
 var _ family.Family = (*Family)(nil)
 
-// New returns the family with a table for that many queue pairs. A number
+// New returns the family with the table of an 82599 VF of that many queue pairs. A number
 // below 1 stands for DefaultQueuePairs, one above MaxQueuePairs for
 // MaxQueuePairs.
 //
-// It must be the number that the PF's mode gives each VF, and the same on both
+// The number of queue pairs must be the one that the PF's mode gives each VF, and the same on both
 // sides of a migration: a table with more would count on registers that the
 // device lacks, one with fewer would hide queues from the guest. It is not
 // what GET_QUEUES answers, for drivers use a second pair even when that says
 // one.
-func New(queuePairs int) *Family {
+func New(queuePairs int) *Family { return newFamily(Members()[0], queuePairs) }
+
+// Member is one device of the family: what it has beyond an 82599 VF.
+type Member struct {
+	// Device is the VF's PCI device id; the vendor is VendorID.
+	Device uint16
+	// Name of the controller.
+	Name string
+	// PacketLength tells that VFRXDCTL bounds the length of packets (RLPML).
+	PacketLength bool
+	// RSS tells that the VF has an RSS key and a redirection table of its own.
+	RSS bool
+}
+
+// Members lists the devices of the family, the 82599 first. Hyper-V's variants
+// of their VFs have no mailbox in BAR0 and do not belong here.
+func Members() []Member {
+	return []Member{
+		{Device: DeviceID, Name: "82599"},
+		{Device: DeviceIDX540, Name: "X540", PacketLength: true},
+		{Device: DeviceIDX550, Name: "X550", PacketLength: true, RSS: true},
+		{Device: DeviceIDX550EMX, Name: "X552 (X550EM_x)", PacketLength: true, RSS: true},
+		{Device: DeviceIDX550EMA, Name: "X553 (X550EM_a)", PacketLength: true, RSS: true},
+	}
+}
+
+// ForDevice returns the family with the table of the device with that PCI id;
+// queuePairs is as for New. It fails for a device that is no member.
+func ForDevice(vendor, device uint16, queuePairs int) (*Family, error) {
+	for _, m := range Members() {
+		if vendor == VendorID && device == m.Device {
+			return newFamily(m, queuePairs), nil
+		}
+	}
+	return nil, fmt.Errorf("device %04x:%04x is no VF of the %s family", vendor, device, Name)
+}
+
+func newFamily(m Member, queuePairs int) *Family {
 	if queuePairs < 1 {
 		queuePairs = DefaultQueuePairs
 	}
 	queuePairs = min(queuePairs, MaxQueuePairs)
 	f := &Family{}
 	f.registers = append(f.registers, controlRegisters()...)
+	rxdctl := uint32(maskRX)
+	if m.PacketLength {
+		rxdctl |= RXDCTLLength | RXDCTLLengthEnable
+	}
+	if m.RSS {
+		f.registers = append(f.registers, rssRegisters()...)
+	}
 	for n := range queuePairs {
-		f.registers = append(f.registers, receiveRegisters(n)...)
+		f.registers = append(f.registers, receiveRegisters(n, rxdctl)...)
 		f.queues = append(f.queues, family.Queue{
 			Direction: family.RX, Index: n,
 			BAL: VFRDBAL(n), BAH: VFRDBAH(n), LEN: VFRDLEN(n),
 			Head: VFRDH(n), Tail: VFRDT(n), Ctl: VFRXDCTL(n),
 			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+			Format: VFSRRCTL(n), Assign: VTIVAR(n / 2), AssignShift: 16 * uint(n%2),
 		})
 	}
 	for n := range queuePairs {
@@ -52,6 +97,7 @@ func New(queuePairs int) *Family {
 			Head: VFTDH(n), Tail: VFTDT(n), Ctl: VFTXDCTL(n),
 			WBAL: VFTDWBAL(n), WBAH: VFTDWBAH(n),
 			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+			ContextSlots: contextSlots, Assign: VTIVAR(n / 2), AssignShift: 16*uint(n%2) + 8,
 		})
 	}
 	slices.SortFunc(f.registers, func(a, b family.Register) int { return int(a.Offset) - int(b.Offset) })
@@ -123,13 +169,16 @@ func (f *Family) RestoreLog(b []byte) (family.Log, error) {
 var apiCodes = []uint32{API10, API11, API12, API13, API14, API15, API16, API17}
 
 // Probe asks for a reset, whose reply holds the multicast filter type, and
-// then for every API version: a PF forgets the version with the next reset.
+// then for every API version: a PF forgets the version with the next reset. It
+// remembers the mode of the VF's last user, though: that becomes NONE again,
+// under the highest version accepted. The RESET after it has the PF let
+// broadcasts through as before.
 func (f *Family) Probe() [][]uint32 {
 	requests := [][]uint32{{MsgReset}}
 	for _, code := range apiCodes {
 		requests = append(requests, []uint32{MsgAPINegotiate, code, 0})
 	}
-	return requests
+	return append(requests, []uint32{MsgUpdateXcastMode, XcastMulti}, []uint32{MsgUpdateXcastMode, XcastNone}, []uint32{MsgReset})
 }
 
 // Offer reads the replies to the messages of Probe.
@@ -149,7 +198,7 @@ func (f *Family) Offer(replies [][]uint32) (family.Offer, error) {
 			return family.Offer{}, fmt.Errorf("ixgbevf probe: reply to RESET has %d words, want %d", len(reply), resetReplyWords)
 		case i == 0:
 			offer.MulticastFilterType = reply[3]
-		case acked:
+		case acked && requests[i][0] == MsgAPINegotiate:
 			offer.APIs = append(offer.APIs, requests[i][1])
 		}
 	}

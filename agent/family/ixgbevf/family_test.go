@@ -75,6 +75,9 @@ func TestDescriptionsFitTable(t *testing.T) {
 		if q.Direction == family.TX {
 			offsets = append(offsets, q.WBAL, q.WBAH)
 		}
+		if q.Assign != VTIVAR(q.Index/2) || q.AssignShift != uint(q.Index%2)*16+uint(q.Direction)*8 {
+			t.Errorf("%s queue %d is assigned by %#x at bit %d", q.Direction, q.Index, q.Assign, q.AssignShift)
+		}
 		for _, off := range offsets {
 			if _, ok := table[off]; !ok || !strings.HasPrefix(table[off].Name, map[family.Direction]string{family.RX: "VFR", family.TX: "VFT"}[q.Direction]) {
 				t.Errorf("%s queue %d: register %#x is %q", q.Direction, q.Index, off, table[off].Name)
@@ -96,6 +99,109 @@ func TestDescriptionsFitTable(t *testing.T) {
 		VFPSRTYPE: 0x1330, VTIVAR(0): 0x8080, VTIVARMisc: 0x81, VTEIAM: 3, VTEIAC: 3, VTEIMS: 3, VTEIMC: 7} {
 		if lost := value &^ table[off].Mask; lost != 0 {
 			t.Errorf("%s: the driver's %#x loses %#x", table[off].Name, value, lost)
+		}
+	}
+}
+
+// What members have beyond an 82599 VF, and that all else is the same.
+func TestMembers(t *testing.T) {
+	table := func(device uint16) map[string]family.Register {
+		f, err := ForDevice(VendorID, device, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		byName := map[string]family.Register{}
+		for _, r := range f.Registers() {
+			byName[r.Name] = r
+		}
+		return byName
+	}
+	base := table(DeviceID)
+	for device, want := range map[uint16]struct {
+		rxdctl uint32
+		more   int
+	}{0x10ed: {0x46000000, 0}, 0x1515: {0x4600bfff, 0}, 0x1565: {0x4600bfff, 27}, 0x15a8: {0x4600bfff, 27}, 0x15c5: {0x4600bfff, 27}} {
+		got := table(device)
+		if mask := got["VFRXDCTL(0)"].Mask; mask != want.rxdctl || len(got) != len(base)+want.more {
+			t.Errorf("%#x: VFRXDCTL has %#x, want %#x; %d registers, want %d", device, mask, want.rxdctl, len(got), len(base)+want.more)
+		}
+		if _, rss := got["VFMRQC"]; rss != (want.more > 0) {
+			t.Errorf("%#x has RSS of its own: %v", device, rss)
+		}
+		for name, r := range base {
+			if name != "VFRXDCTL(0)" && got[name] != r {
+				t.Errorf("%#x: %s is %+v, want %+v", device, name, got[name], r)
+			}
+		}
+	}
+	x550 := table(DeviceIDX550)
+	for name, off := range map[string]uint32{"VFMRQC": 0x3000, "VFRSSRK(9)": 0x3124, "VFRETA(15)": 0x323c} {
+		if r := x550[name]; r.Offset != off || r.Class != family.Copy {
+			t.Errorf("%s is %+v, want a copied one at %#x", name, r, off)
+		}
+	}
+	for _, id := range [][2]uint16{{VendorID, 0x10ca}, {VendorID, 0x1530}, {0x1234, DeviceID}} {
+		if _, err := ForDevice(id[0], id[1], 2); err == nil {
+			t.Errorf("%04x:%04x is taken for a member", id[0], id[1])
+		}
+	}
+}
+
+// Descriptors as the drivers write them and the device writes them back.
+func TestDescriptors(t *testing.T) {
+	f := New(1).Descriptors()
+	d := func(words ...uint32) []byte {
+		var b []byte
+		for _, w := range append(words, make([]uint32, 4-len(words))...) {
+			b = append(b, byte(w), byte(w>>8), byte(w>>16), byte(w>>24))
+		}
+		return b
+	}
+	for name, tc := range map[string]struct {
+		d       []byte
+		slot    int
+		context bool
+		eop     bool
+	}{
+		"context 0":        {d(0x1c14, 0, 0x20200400, 0), 0, true, false},
+		"context 1":        {d(0x1c14, 0, 0x20200400, 0x10), 1, true, false},
+		"idle":             {f.IdleContext(), 0, true, false},
+		"advanced data":    {d(0, 0, 0x2b300040, 0x10), 0, false, true},
+		"advanced, more":   {d(0, 0, 0x20300040, 0), 0, false, false},
+		"legacy":           {d(0, 0, 0x0b000040, 0), 0, false, true},
+		"legacy with CSO":  {d(0, 0, 0x00200040, 0), 0, false, false},
+		"never written to": {d(), 0, false, false},
+	} {
+		slot, ok := f.ContextSlot(tc.d)
+		if ok != tc.context || slot != tc.slot || f.Packet(tc.d) == tc.context || f.EndOfPacket(family.TX, 0, tc.d) != tc.eop {
+			t.Errorf("%s: slot %d (%v), packet %v, end %v", name, slot, ok, f.Packet(tc.d), f.EndOfPacket(family.TX, 0, tc.d))
+		}
+	}
+	const legacy, advanced = 0x402, 0x2000402
+	for format, stale := range map[uint32][]byte{legacy: d(0x1000, 0, 60, 3), advanced: d(0x1000, 0, 3, 0)} {
+		if f.HandOver(format, stale); f.Done(family.RX, format, stale) || dword(stale, 0) != 0x1000 {
+			t.Errorf("format %#x: a descriptor handed over is %x", format, stale)
+		}
+	}
+	if !f.Reports(d(0, 0, 0x2b300040, 0)) || f.Reports(d(0, 0, 0x23300040, 0)) {
+		t.Error("RS is not what reports")
+	}
+	for name, tc := range map[string]struct {
+		dir       family.Direction
+		format    uint32
+		d         []byte
+		done, eop bool
+	}{
+		"handed over":      {family.RX, advanced, f.Buffer(0x1000), false, false},
+		"advanced":         {family.RX, advanced, d(0, 0, 3, 0), true, true},
+		"advanced, more":   {family.RX, advanced, d(0, 0, 1, 0), true, false},
+		"legacy":           {family.RX, legacy, d(0, 0, 60, 3), true, true},
+		"legacy, not yet":  {family.RX, legacy, d(0, 0, 3, 0), false, false},
+		"transmit, done":   {family.TX, 0, d(0, 0, 0x2b300040, 1), true, true},
+		"transmit, is not": {family.TX, 0, d(0, 0, 0x2b300041, 0), false, true},
+	} {
+		if done, eop := f.Done(tc.dir, tc.format, tc.d), f.EndOfPacket(tc.dir, tc.format, tc.d); done != tc.done || eop != tc.eop {
+			t.Errorf("%s: done %v, end %v", name, done, eop)
 		}
 	}
 }

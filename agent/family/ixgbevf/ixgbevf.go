@@ -1,7 +1,7 @@
-// Package ixgbevf describes the virtual functions of the Intel 82599 as the
-// Linux ixgbevf driver and DPDK see them: the registers of the 16 KiB BAR0,
-// the class of the state behind each, and the mailbox dialect spoken with the
-// ixgbe PF driver.
+// Package ixgbevf describes the virtual functions of the Intel 82599, and of
+// its successors with the same layout, as the Linux ixgbevf driver and DPDK
+// see them: the registers of the 16 KiB BAR0, the class of the state behind
+// each, and the mailbox dialect spoken with the ixgbe PF driver.
 //
 // Names are those of the 82599 datasheet and of the driver's headers
 // (drivers/net/ethernet/intel/ixgbevf/{regs.h,mbx.h}). What is said about
@@ -15,10 +15,15 @@ const Name = "ixgbevf"
 
 // VendorID and DeviceID identify an 82599 VF. Its own configuration space
 // reads all ones there: the operating system takes them from the SR-IOV
-// capability of the PF.
+// capability of the PF. The others are the members of the family that share
+// its layout; see Members.
 const (
-	VendorID = 0x8086
-	DeviceID = 0x10ed
+	VendorID        = 0x8086
+	DeviceID        = 0x10ed
+	DeviceIDX540    = 0x1515
+	DeviceIDX550    = 0x1565
+	DeviceIDX550EMX = 0x15a8
+	DeviceIDX550EMA = 0x15c5
 )
 
 // Limits of the device.
@@ -56,6 +61,8 @@ const (
 	VFPSRTYPE  = 0x0300 // packet split types and queues used for RSS
 	// VFRXMEMWRAP is an alias of the PF's RXMEMWRAP.
 	VFRXMEMWRAP = 0x3190
+	// VFMRQC turns on RSS by the VF's own key and table; X550 and later.
+	VFMRQC = 0x3000
 )
 
 // Statistics. They sit inside the blocks of queue 0 but count for the whole
@@ -79,6 +86,14 @@ func VTRSCINT(n int) uint32 { return 0x0180 + 4*uint32(n) }
 
 // VTEITR is the offset of the interrupt throttle of vector n.
 func VTEITR(n int) uint32 { return 0x0820 + 4*uint32(n) }
+
+// VFRSSRK is the offset of dword n = 0..9 of the VF's own RSS key; X550 and
+// later.
+func VFRSSRK(n int) uint32 { return 0x3100 + 4*uint32(n) }
+
+// VFRETA is the offset of dword n = 0..15 of the VF's own redirection table, a
+// byte for each entry; X550 and later.
+func VFRETA(n int) uint32 { return 0x3200 + 4*uint32(n) }
 
 func rx(inner uint32, n int) uint32 { return 0x1000 + inner + queueStride*uint32(n) }
 
@@ -169,6 +184,16 @@ const (
 	// QueueFlush in VFRXDCTL and VFTXDCTL writes pending descriptors back; it
 	// clears itself.
 	QueueFlush = 1 << 26
+	// RXDCTLLength in VFRXDCTL masks the largest packet that the queue takes,
+	// with FCS but without a VLAN tag, if RXDCTLLengthEnable is set; X540 and
+	// later.
+	RXDCTLLength       = 0x3fff
+	RXDCTLLengthEnable = 1 << 15
+	// MRQCEnable in VFMRQC turns RSS on.
+	MRQCEnable = 1
+	// RSSKeyWords and RSSTableWords are the dwords of VFRSSRK and VFRETA.
+	RSSKeyWords   = 10
+	RSSTableWords = 16
 	// RXDCTLVME in VFRXDCTL strips VLAN tags.
 	RXDCTLVME = 1 << 30
 	// TDWBALEnable in VFTDWBAL turns head write-back on.

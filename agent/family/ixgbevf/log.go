@@ -38,12 +38,17 @@ type Log struct {
 	queues   *[4]uint32
 	features *modeRequest
 	maxFrame *uint32
-	macVLANs []mac
+	// refusedFrame is a frame size asked for after maxFrame that the PF
+	// refused: an 82599's PF turns reception off then.
+	refusedFrame *uint32
+	macVLANs     []mac
 	// vlans is in ascending order, without repetitions.
 	vlans []uint16
 	// multicast is nil until a list was set; it may then be empty.
 	multicast []uint16
-	xcast     *modeRequest
+	// listed tells that the list was set after the mode: the PF receives by
+	// its table then even in mode NONE.
+	listed bool
 	// ipsec counts security associations the PF holds for the guest.
 	ipsec uint16
 	// unknown is the id of the first operation this package cannot read but
@@ -51,13 +56,32 @@ type Log struct {
 	unknown uint16
 	// overflow is set once there are more addresses than maxMACVLANs.
 	overflow bool
+	kept
+}
+
+// kept is what a PF driver remembers of a VF across its resets, besides the
+// address that it used last.
+type kept struct {
+	// xcast is the mode that the PF took up last, under API version xcastAPI;
+	// nil stands for NONE, the mode of a VF that never asked. Asking for it
+	// again does nothing.
+	xcast    *modeRequest
+	xcastAPI uint32
+	// xcastNow tells that this was after the last reset.
+	xcastNow bool
+	// unchecked tells that the PF granted a further MAC once, and with it
+	// stopped to check the source of what the VF sends.
+	unchecked bool
 }
 
 var _ family.Log = (*Log)(nil)
 
-// Reset forgets everything: a reset by VFCTRL.RST, or of the function, makes
-// the PF drop the VF's filters and answer nothing but a RESET message.
-func (l *Log) Reset() { *l = Log{} }
+// Reset forgets what the PF does: a reset by VFCTRL.RST, or of the function,
+// makes the PF drop the VF's filters and answer nothing but a RESET message.
+func (l *Log) Reset() {
+	l.xcastNow = false
+	*l = Log{mac: l.mac, kept: l.kept}
+}
 
 // verdict tells whether a reply acknowledges its request. It fails when the
 // words are not a reply to that request.
@@ -107,13 +131,20 @@ func (l *Log) Completed(request, reply []uint32) {
 		return
 	}
 	if id == MsgReset {
-		*l = Log{ready: true, mo: reply[3]}
+		l.Reset()
+		l.ready, l.mo = true, reply[3]
 		if acked {
 			l.mac = readMAC(reply[1:])
 		}
 		return
 	}
-	if !l.ready || !acked {
+	switch {
+	case !l.ready:
+		return
+	case !acked && id == MsgSetLPE:
+		l.refusedFrame = new(request[1])
+		return
+	case !acked:
 		return
 	}
 	l.acknowledged(id, request, reply)
@@ -130,7 +161,7 @@ func (l *Log) acknowledged(id uint32, request, reply []uint32) {
 	case MsgSetVLAN:
 		l.setVLAN(uint16(request[1]%maxVLANs), info != 0)
 	case MsgSetLPE:
-		l.maxFrame = new(request[1])
+		l.maxFrame, l.refusedFrame = new(request[1]), nil
 	case MsgSetMACVLAN:
 		l.setMACVLAN(info, request[1:])
 	case MsgAPINegotiate:
@@ -138,7 +169,7 @@ func (l *Log) acknowledged(id uint32, request, reply []uint32) {
 	case MsgGetQueues:
 		l.queues = (*[4]uint32)(slices.Clone(reply[1:5]))
 	case MsgUpdateXcastMode:
-		l.xcast = &modeRequest{request[1], reply[1]}
+		l.setXcast(modeRequest{request[1], reply[1]})
 	case MsgFeaturesNegotiate:
 		l.features = &modeRequest{request[1], reply[1]}
 	case MsgIPsecAdd:
@@ -154,12 +185,28 @@ func (l *Log) acknowledged(id uint32, request, reply []uint32) {
 	}
 }
 
+// setXcast notes a mode, unless the PF was in it already.
+func (l *Log) setXcast(m modeRequest) {
+	was := uint32(XcastNone)
+	if l.xcast != nil {
+		was = l.xcast.granted
+	}
+	if m.granted == was {
+		return
+	}
+	l.xcast, l.xcastNow, l.listed = &m, true, false
+	if l.api != nil {
+		l.xcastAPI = *l.api
+	}
+}
+
 func (l *Log) setMulticast(count int, words []uint32) {
 	count = min(count, MaxMulticast, 2*len(words))
 	l.multicast = make([]uint16, count)
 	for i := range l.multicast {
 		l.multicast[i] = uint16(words[i/2] >> (16 * (i % 2)))
 	}
+	l.listed = true
 }
 
 func (l *Log) setVLAN(id uint16, add bool) {
@@ -181,6 +228,7 @@ func (l *Log) setMACVLAN(index uint32, words []uint32) {
 	if index == 0 {
 		return
 	}
+	l.unchecked = true
 	if len(l.macVLANs) == maxMACVLANs {
 		l.overflow = true
 		return
@@ -194,7 +242,7 @@ func (l *Log) Summary() family.Summary {
 	if l.api != nil {
 		s.API = *l.api
 	}
-	if l.mac != nil {
+	if l.mac != nil && l.ready {
 		s.MAC = bytes.Clone(l.mac[:])
 	}
 	switch {

@@ -98,22 +98,44 @@ func TestRecordFollowsMessages(t *testing.T) {
 		return l
 	}
 	const reset, noMAC = "RESET [1]", "SET_MAC_ADDR [2]"
+	// What the PF remembers of the full record after a reset.
+	remembered := []string{reset, "API_NEGOTIATE [8 4]", "UPDATE_XCAST_MODE [c]", "UPDATE_XCAST_MODE [c 2]",
+		"SET_MAC_ADDR [2 33221154 6655]", "SET_MACVLAN [10006 33221154 6655]", "SET_MACVLAN [6]", "VFCTRL.RST []"}
 	for _, tc := range []struct {
 		name string
 		say  func(*Log)
 		want []string
 	}{
 		{"reset with an address", func(l *Log) { did(l, []uint32{MsgReset}, 1, 2, 0) }, []string{reset, "SET_MAC_ADDR [2 1 2]"}},
-		{"reset without an address", func(l *Log) { refused(l, MsgReset) }, []string{reset}},
-		{"reset forgets", func(l *Log) { *l = *full(); refused(l, MsgReset) }, []string{reset}},
-		{"reset bit forgets", func(l *Log) { *l = *full(); l.Reset() }, nil},
-		{"nothing before a reset", func(l *Log) { l.Reset(); did(l, []uint32{MsgSetLPE, 9000}) }, nil},
-		{"no mode", func(l *Log) { did(l, []uint32{MsgUpdateXcastMode, 0}) },
-			[]string{reset, noMAC, "UPDATE_XCAST_MODE [c 1]", "UPDATE_XCAST_MODE [c]"}},
+		{"reset without an address", func(l *Log) { *l = Log{}; refused(l, MsgReset) }, []string{reset}},
+		{"the address outlives a reset", func(l *Log) { did(l, []uint32{MsgSetMAC, 1, 2}); refused(l, MsgReset) },
+			[]string{reset, "SET_MAC_ADDR [2 1 2]"}},
+		{"reset forgets", func(l *Log) { *l = *full(); refused(l, MsgReset) }, append(slices.Clone(remembered), reset,
+			"SET_MAC_ADDR [2 33221154 6655]", "SET_MACVLAN [10006 33221154 6655]", "SET_MACVLAN [6]")},
+		{"reset bit forgets", func(l *Log) { *l = *full(); l.Reset() }, remembered},
+		{"never used", func(l *Log) { *l = Log{}; l.Reset() }, nil},
+		{"nothing before a reset", func(l *Log) { *l = Log{}; did(l, []uint32{MsgSetLPE, 9000}) }, nil},
+		{"the mode it has", func(l *Log) { did(l, []uint32{MsgUpdateXcastMode, 0}) }, []string{reset, noMAC}},
+		{"no mode", func(l *Log) {
+			did(l, []uint32{MsgUpdateXcastMode, 1})
+			did(l, []uint32{MsgUpdateXcastMode, 0})
+		}, []string{reset, noMAC, "UPDATE_XCAST_MODE [c 1]", "UPDATE_XCAST_MODE [c]"}},
+		{"list after the mode", func(l *Log) {
+			did(l, []uint32{MsgUpdateXcastMode, 2})
+			did(l, []uint32{MsgSetMulticast | 1<<16, 7})
+		}, []string{reset, noMAC, "UPDATE_XCAST_MODE [c]", "UPDATE_XCAST_MODE [c 2]", "SET_MULTICAST [10003 7]"}},
+		{"frame size refused", func(l *Log) {
+			did(l, []uint32{MsgSetLPE, 1518})
+			refused(l, MsgSetLPE, 9000)
+		}, []string{reset, "SET_LPE [5 5ee]", "SET_LPE [5 2328]", noMAC}},
+		{"frame size granted at last", func(l *Log) {
+			refused(l, MsgSetLPE, 9000)
+			did(l, []uint32{MsgSetLPE, 1518})
+		}, []string{reset, "SET_LPE [5 5ee]", noMAC}},
 		{"macvlans cleared", func(l *Log) {
 			did(l, []uint32{MsgSetMACVLAN | 1<<16, 1, 1})
 			did(l, []uint32{MsgSetMACVLAN})
-		}, []string{reset, noMAC}},
+		}, []string{reset, noMAC, "SET_MACVLAN [10006]", "SET_MACVLAN [6]"}},
 		{"macvlans started anew", func(l *Log) {
 			did(l, []uint32{MsgSetMACVLAN | 1<<16, 1, 1})
 			did(l, []uint32{MsgSetMACVLAN | 2<<16, 2, 2})
@@ -186,6 +208,11 @@ func TestSummary(t *testing.T) {
 	if got.API != API13 || got.MulticastFilterType != 1 || !bytes.Equal(got.MAC, []byte{0x54, 0x11, 0x22, 0x33, 0x55, 0x66}) || got.NotMigratable != "" {
 		t.Errorf("summary %+v", got)
 	}
+	early := &Log{}
+	did(early, []uint32{MsgAPINegotiate, API13})
+	if got := early.Summary(); got.API != 0 {
+		t.Errorf("API %d without a reset, want 0", got.API)
+	}
 	if got := (&Log{}).Summary(); got.MAC != nil || got.NotMigratable != "" {
 		t.Errorf("summary of an empty record %+v", got)
 	}
@@ -236,7 +263,7 @@ func TestMarshal(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if diff := cmp.Diff(l, got, cmp.AllowUnexported(Log{}, modeRequest{})); diff != "" {
+		if diff := cmp.Diff(l, got, cmp.AllowUnexported(Log{}, modeRequest{}, kept{})); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 		for n := range b {
@@ -247,6 +274,27 @@ func TestMarshal(t *testing.T) {
 		if _, err := New(0).RestoreLog(append(b, 0)); err == nil {
 			t.Errorf("%s: a byte too many is accepted", name)
 		}
+	}
+}
+
+// fullV1 is the record of full as version 1 encoded it.
+var fullV1 = []byte{
+	0x01, 0x01, 0x7f, 0x00, 0x00, 0x00, 0x01, 0x54, 0x11, 0x22, 0x33, 0x55, 0x66, 0x00, 0x00, 0x00,
+	0x04, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00,
+	0x00, 0x00, 0x00, 0x00, 0x03, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x05, 0xee, 0x00, 0x03, 0x00,
+	0x01, 0x00, 0x02, 0x00, 0x03, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, 0x01, 0x00, 0x02, 0x00,
+	0x05, 0x00, 0x4d, 0x00, 0x02, 0x01, 0x00, 0x00, 0x00, 0x01, 0x00, 0x02, 0x00, 0x00, 0x00, 0x02,
+	0x00, 0x00, 0x00, 0x00, 0x00,
+}
+
+// A record of version 1 is understood as far as it goes.
+func TestVersion1(t *testing.T) {
+	l, err := New(0).RestoreLog(fullV1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(spoken(full()), spoken(l.(*Log))); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 
@@ -280,8 +328,9 @@ func TestRestoreLogRefuses(t *testing.T) {
 		b    []byte
 		text string
 	}{
-		{"newer", []byte{2, 0}, "version 2"},
+		{"newer", []byte{3, 0}, "version 3"},
 		{"ready", []byte{1, 2}, "ready"},
+		{"flags", []byte{2, 0, 4}, "flags"},
 		{"VLANs out of order", with(func(l *Log) { l.vlans = []uint16{5, 5} }), "VLAN 5"},
 		{"no such VLAN", with(func(l *Log) { l.vlans = []uint16{4096} }), "VLAN 4096"},
 		{"too many hashes", with(func(l *Log) { l.multicast = make([]uint16, 31) }), "multicast"},
@@ -312,16 +361,17 @@ func FuzzLog(f *testing.F) {
 	})
 }
 
-// Whatever RestoreLog accepts is just what Marshal writes.
+// Whatever RestoreLog accepts of this version is just what Marshal writes.
 func FuzzRestoreLog(f *testing.F) {
 	f.Add((&Log{}).Marshal())
 	f.Add(full().Marshal())
+	f.Add(fullV1)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		l, err := New(0).RestoreLog(b)
 		if err != nil {
 			return
 		}
-		if again := l.Marshal(); !bytes.Equal(again, b) {
+		if again := l.Marshal(); b[0] == logVersion && !bytes.Equal(again, b) {
 			t.Errorf("%x comes back as %x", b, again)
 		}
 	})

@@ -21,9 +21,10 @@ const (
 	// received is garbage.
 	maskDCA    = 0x00ffef1f
 	maskSRRCTL = 0x1fc03f7f // BSIZEPKT 6:0, BSIZEHDR 13:8, RDMTS 24:22, DESCTYPE 27:25, DROP_EN 28
-	maskRXDCTL = QueueEnable | QueueFlush | RXDCTLVME
+	maskRX     = QueueEnable | QueueFlush | RXDCTLVME
 	maskRSCCTL = 0x0000000d // RSCEN 0, MAXDESC 3:2
 	maskTXDCTL = 0x007f7f7f | QueueEnable | QueueFlush
+	maskMRQC   = 0x00ff0001 // RSSEN 0, what is hashed 23:16
 	maskAll    = 0xffffffff
 )
 
@@ -84,14 +85,29 @@ func controlRegisters() []family.Register {
 	return r
 }
 
+// rssRegisters lists what members with RSS of the VF's own have on page 3.
+func rssRegisters() []family.Register {
+	const why = "set by the driver only, and the PF does not know it"
+	r := []family.Register{{Name: "VFMRQC", Offset: VFMRQC, Access: family.RW, Class: family.Copy, Mask: maskMRQC, Why: why}}
+	for n := range RSSKeyWords {
+		r = append(r, family.Register{Name: fmt.Sprintf("VFRSSRK(%d)", n), Offset: VFRSSRK(n),
+			Access: family.RW, Class: family.Copy, Mask: maskAll, Why: why})
+	}
+	for n := range RSSTableWords {
+		r = append(r, family.Register{Name: fmt.Sprintf("VFRETA(%d)", n), Offset: VFRETA(n),
+			Access: family.RW, Class: family.Copy, Mask: maskAll, Why: why})
+	}
+	return r
+}
+
 // counter is one read-only statistics register.
 func counter(name string, offset uint32) family.Register {
 	return family.Register{Name: name, Offset: offset, Access: family.RO, Class: family.Emulate, Why: whyCounter}
 }
 
 // receiveRegisters lists the block of receive queue n on page 1, with the
-// counters that sit in block 0.
-func receiveRegisters(n int) []family.Register {
+// counters that sit in block 0. Members differ in what VFRXDCTL has.
+func receiveRegisters(n int, maskRXDCTL uint32) []family.Register {
 	name := func(s string) string { return fmt.Sprintf("%s(%d)", s, n) }
 	r := []family.Register{
 		{Name: name("VFRDBAL"), Offset: VFRDBAL(n), Access: family.RW, Class: family.Copy, Mask: maskBAL, Why: whyRing},

@@ -13,13 +13,15 @@ import (
 // may decide whether it lets the VF receive at all, and RESET undoes all.
 //
 // Queries are not among them, but for GET_QUEUES, whose answer must be what
-// the guest was told. Nothing is replayed for a VF whose driver never
-// completed a RESET.
+// the guest was told. What the PF remembers across resets comes first, where
+// it cannot be had otherwise; if the guest has reset the VF and completed no
+// RESET since, that is all.
 func (l *Log) Replay() []family.Message {
+	messages := l.replayKept()
 	if !l.ready {
-		return nil
+		return messages
 	}
-	messages := []family.Message{l.replayReset()}
+	messages = append(messages, l.replayReset())
 	add := func(name string, words ...uint32) {
 		messages = append(messages, family.Message{Name: name, Words: words, Check: acknowledges(words)})
 	}
@@ -35,9 +37,16 @@ func (l *Log) Replay() []family.Message {
 	if l.maxFrame != nil {
 		add("SET_LPE", MsgSetLPE, *l.maxFrame)
 	}
+	if l.refusedFrame != nil {
+		words := []uint32{MsgSetLPE, *l.refusedFrame}
+		messages = append(messages, family.Message{Name: "SET_LPE", Words: words, Check: refuses(words)})
+	}
 	if l.mac != nil {
 		low, high := macWords(*l.mac)
 		add("SET_MAC_ADDR", MsgSetMAC, low, high)
+	}
+	if l.unchecked && len(l.macVLANs) == 0 {
+		messages = append(messages, l.replayUnchecked()...)
 	}
 	if len(l.macVLANs) > 0 {
 		add("SET_MACVLAN", MsgSetMACVLAN, 0, 0)
@@ -49,13 +58,62 @@ func (l *Log) Replay() []family.Message {
 	for _, id := range l.vlans {
 		add("SET_VLAN", MsgSetVLAN|1<<MsgInfoShift, uint32(id))
 	}
+	var mode []family.Message
+	if l.xcast != nil && l.xcastNow {
+		mode = replayXcast(*l.xcast)
+	}
+	if l.multicast != nil && l.listed {
+		messages, mode = append(messages, mode...), nil
+	}
 	if l.multicast != nil {
 		add("SET_MULTICAST", multicastWords(l.multicast)...)
 	}
-	if l.xcast != nil {
+	return append(messages, mode...)
+}
+
+// replayKept brings the PF to remember what the source's PF does, and resets
+// the VF.
+func (l *Log) replayKept() []family.Message {
+	mode := l.xcast != nil && !l.xcastNow
+	if !mode && (l.ready || l.mac == nil && !l.unchecked) {
+		return nil
+	}
+	var messages []family.Message
+	add := func(name string, words ...uint32) {
+		messages = append(messages, family.Message{Name: name, Words: words, Check: acknowledges(words)})
+	}
+	reset := []uint32{MsgReset}
+	messages = append(messages, family.Message{Name: "RESET", Words: reset, Check: func(reply []uint32) error {
+		_, err := verdict(reset, reply)
+		return err
+	}})
+	if mode {
+		add("API_NEGOTIATE", MsgAPINegotiate, l.xcastAPI, 0)
 		messages = append(messages, replayXcast(*l.xcast)...)
 	}
-	return messages
+	if l.mac != nil {
+		low, high := macWords(*l.mac)
+		add("SET_MAC_ADDR", MsgSetMAC, low, high)
+	}
+	if l.unchecked {
+		messages = append(messages, l.replayUnchecked()...)
+	}
+	return append(messages, family.Message{Name: "VFCTRL.RST"})
+}
+
+// replayUnchecked adds a further MAC and takes it back: what remains is that
+// the PF no longer checks the source of what the VF sends.
+func (l *Log) replayUnchecked() []family.Message {
+	m := mac{0x02, 0, 0, 0, 0, 1} // locally administered
+	if l.mac != nil {
+		m = *l.mac
+	}
+	low, high := macWords(m)
+	add, clear := []uint32{MsgSetMACVLAN | 1<<MsgInfoShift, low, high}, []uint32{MsgSetMACVLAN, 0, 0}
+	return []family.Message{
+		{Name: "SET_MACVLAN", Words: add, Check: acknowledges(add)},
+		{Name: "SET_MACVLAN", Words: clear, Check: acknowledges(clear)},
+	}
 }
 
 // replayReset checks the multicast filter type, for the guest computed its
@@ -138,6 +196,21 @@ func acknowledges(request []uint32) func([]uint32) error {
 		}
 		if !acked {
 			return fmt.Errorf("the PF refuses (%#010x) what the PF of the source granted", reply[0])
+		}
+		return nil
+	}
+}
+
+// refuses returns the check that a request was refused, as it was on the
+// source.
+func refuses(request []uint32) func([]uint32) error {
+	return func(reply []uint32) error {
+		acked, err := verdict(request, reply)
+		if err != nil {
+			return err
+		}
+		if acked {
+			return fmt.Errorf("the PF grants (%#010x) what the PF of the source refused", reply[0])
 		}
 		return nil
 	}

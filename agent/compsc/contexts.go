@@ -1,0 +1,199 @@
+package compsc
+
+import (
+	"context"
+	"slices"
+
+	"compsc.io/compsc/agent/family"
+)
+
+// mirror has the descriptors of one transmit ring as they were when they were
+// handed to the device. Context descriptors fill slots in the device that
+// nothing reads back, and drivers rely on what is in them for as long as they
+// like (DPDK's do, Linux's do not): the ring alone tells only of the last lap.
+type mirror struct {
+	place
+	// next is the first descriptor that was not handed over yet.
+	next uint32
+	// ring is a copy; zeros stand for descriptors that were never seen.
+	ring []byte
+	// slots is what the context slots held before the oldest descriptor of
+	// ring; nil for a slot that was never seen filled.
+	slots [][]byte
+}
+
+// newMirror starts to follow a ring from head, the device's context slots
+// holding slots.
+func newMirror(p place, q family.Queue, head uint32, slots [][]byte) *mirror {
+	if p.size == 0 || head >= p.size {
+		return nil // the device stands still
+	}
+	return &mirror{place: p, next: head, ring: make([]byte, p.size*q.DescriptorSize), slots: cloneSlots(slots, q.ContextSlots)}
+}
+
+// handOver notes that the descriptors up to tail go to the device. It must be
+// called before the doorbell: after it, the guest may reuse them.
+func (m *mirror) handOver(mem Memory, f family.Descriptors, tail uint32) error {
+	if tail >= m.size {
+		return nil // the device stands still
+	}
+	size := uint32(len(m.ring)) / m.size
+	for m.next != tail {
+		end := tail
+		if tail < m.next {
+			end = m.size
+		}
+		b := m.ring[m.next*size : end*size]
+		// What they were before, the device has consumed.
+		for d := range slices.Chunk(b, int(size)) {
+			note(m.slots, f, d)
+		}
+		if err := mem.ReadAt(m.base+uint64(m.next*size), b); err != nil {
+			clear(b)
+			return err
+		}
+		m.next = end % m.size
+	}
+	return nil
+}
+
+// cloneSlots copies the contents of n slots.
+func cloneSlots(slots [][]byte, n int) [][]byte {
+	c := make([][]byte, n)
+	for i := range min(n, len(slots)) {
+		c[i] = slices.Clone(slots[i])
+	}
+	return c
+}
+
+// note records the context that a descriptor fills a slot with, if it does.
+func note(slots [][]byte, f family.Descriptors, d []byte) {
+	if slot, ok := f.ContextSlot(d); ok && slot < len(slots) {
+		slots[slot] = append(slots[slot][:0], d...)
+	}
+}
+
+// at returns what the slots hold when the device has consumed everything
+// before head.
+func (m *mirror) at(f family.Descriptors, head uint32) [][]byte {
+	slots := cloneSlots(m.slots, len(m.slots))
+	size := uint32(len(m.ring)) / m.size
+	consumed := m.size
+	if head != m.next && head < m.size {
+		consumed = (head + m.size - m.next) % m.size
+	}
+	for n := range consumed {
+		i := (m.next + n) % m.size
+		note(slots, f, m.ring[i*size:(i+1)*size])
+	}
+	return slots
+}
+
+// ring is what the engine knows of one queue beyond its registers.
+type ring struct {
+	family.Queue
+	// mirror is nil for a receive queue, and while the queue is off.
+	mirror *mirror
+	// slots is what the context slots held when the mirror ended: they
+	// outlive it, as they do in the device.
+	slots [][]byte
+	// relay is there while the device works on a shadow ring.
+	relay *relay
+	// head is what the guest finds as the head of a queue that is off, if
+	// headShown is set: the device has another.
+	head      uint32
+	headShown bool
+}
+
+// show is what the guest finds in a register if that is not the device's.
+func (r *ring) show(off uint32) (uint32, bool) {
+	switch {
+	case r.relay != nil:
+		return r.relay.show(r, off)
+	case off == r.Head && r.headShown:
+		return r.head, true
+	}
+	return 0, false
+}
+
+// contexts returns what the context slots hold with the queue at head; nil
+// when none was ever seen filled.
+func (v *VF) contexts(r *ring, head uint32) [][]byte {
+	slots := r.slots
+	if r.mirror != nil {
+		slots = r.mirror.at(v.f.Descriptors(), head)
+	}
+	if !slices.ContainsFunc(slots, func(d []byte) bool { return d != nil }) {
+		return nil
+	}
+	return slots
+}
+
+// follow starts to mirror a transmit queue that is about to run at head.
+func (v *VF) follow(r *ring, head uint32) {
+	if v.o.Memory != nil && r.ContextSlots > 0 && r.mirror == nil {
+		r.mirror = newMirror(v.placeOf(r.Queue), r.Queue, head, r.slots)
+	}
+}
+
+// unfollow ends the mirror of a queue that is turned off.
+func (v *VF) unfollow(r *ring) {
+	if r.mirror != nil {
+		r.slots = r.mirror.at(v.f.Descriptors(), r.mirror.next)
+		r.mirror = nil
+	}
+}
+
+// handOver notes that the device gets the descriptors up to tail.
+func (v *VF) handOver(r *ring, tail uint32) {
+	if r.mirror == nil {
+		return
+	}
+	if err := r.mirror.handOver(v.o.Memory, v.f.Descriptors(), tail); err != nil {
+		// As for the device itself, the memory may be back at the next doorbell.
+		v.o.Logger.Debug("descriptors cannot be read", "queue", queueName(r.Queue), "error", err)
+	}
+}
+
+// guestQueueWrite takes a guest's write to a queue's register, and tells
+// whether it is done with that.
+func (v *VF) guestQueueWrite(r *ring, off, val uint32) bool {
+	switch {
+	case off == r.Tail:
+		v.handOver(r, val)
+	case off == r.Ctl && val&r.Enable == 0:
+		v.unfollow(r)
+	case off == r.Head && r.relay == nil:
+		r.headShown = false
+	case off == r.Ctl && r.headShown && v.b.Read(off)&r.Enable == 0:
+		return v.guestTurnOn(r, val)
+	case off == r.Ctl && r.ContextSlots > 0 && r.mirror == nil:
+		v.follow(r, v.current(r.Head))
+		v.handOver(r, v.current(r.Tail))
+	}
+	if r.relay == nil {
+		return false
+	}
+	v.relayWrite(r, off, val)
+	return true
+}
+
+// guestTurnOn turns a queue on whose head is not where the guest sees it.
+func (v *VF) guestTurnOn(r *ring, ctl uint32) bool {
+	ctx, cancel := v.undoContext(context.Background())
+	defer cancel()
+	head, tail := r.head, v.b.Read(r.Tail)
+	r.headShown = false
+	_, err := v.bringHead(ctx, r, head, v.contexts(r, head))
+	if err == nil {
+		err = v.turnOn(ctx, r.Queue, ctl, head, tail)
+	}
+	if err != nil {
+		v.o.Logger.Error("a queue cannot be turned on where it stood", "queue", queueName(r.Queue), "error", err)
+		return false
+	}
+	v.follow(r, head)
+	v.handOver(r, tail)
+	v.ringTail(r, tail)
+	return true
+}
