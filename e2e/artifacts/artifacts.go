@@ -36,13 +36,9 @@ func Find(compsc string) (Set, error) {
 	if err != nil {
 		return Set{}, err
 	}
-	cache := os.Getenv("COMPSC_CACHE")
-	if cache == "" {
-		user, err := os.UserCacheDir()
-		if err != nil {
-			return Set{}, err
-		}
-		cache = filepath.Join(user, "compsc")
+	cache, err := cacheDir()
+	if err != nil {
+		return Set{}, err
 	}
 	guest := filepath.Join(cache, "guest", or(os.Getenv("COMPSC_GUEST"), "bookworm"))
 	s := Set{
@@ -70,6 +66,18 @@ func Find(compsc string) (Set, error) {
 		return Set{}, fmt.Errorf("something to run with is missing, `make deps` builds it: %w", errors.Join(missing...))
 	}
 	return s, nil
+}
+
+// cacheDir is where hack/ puts what it builds.
+func cacheDir() (string, error) {
+	if cache := os.Getenv("COMPSC_CACHE"); cache != "" {
+		return cache, nil
+	}
+	user, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(user, "compsc"), nil
 }
 
 func or(a, b string) string {

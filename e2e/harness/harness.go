@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"sync"
 	"time"
@@ -57,6 +58,9 @@ type Options struct {
 	Progress func(string)
 	// DeviceArgs, if set, are further arguments of a node's device processes.
 	DeviceArgs func(node string) []string
+	// PFSettings, if set, are further settings of a node's modelled PF, such
+	// as "trust=true", for the agents that start from now on.
+	PFSettings func(node string) string
 }
 
 // Harness is a running installation. Its methods are safe for concurrent use.
@@ -195,11 +199,17 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 	n := h.Lab.Nodes[node]
 	listen := n.IP.String() + ":" + peerPort
 	c := h.certs[node]
+	pf := fmt.Sprintf("name=pf0,vfs=%d,bridge=%s", vfs, lab.NodeBridge)
+	if h.o.PFSettings != nil {
+		if more := h.o.PFSettings(node); more != "" {
+			pf += "," + more
+		}
+	}
 	return h.start(agentName(node), n.NS,
 		"agent", "--node-name", node, "--kubeconfig", h.Cluster.AgentKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--pods-dir", h.podsDir(node), "--peer-listen", listen, "--peer-advertise", listen,
 		"--tls-cert", c.Cert, "--tls-key", c.Key, "--tls-ca", c.CA,
-		"--model-pf", fmt.Sprintf("name=pf0,vfs=%d,bridge=%s", vfs, lab.NodeBridge),
+		"--model-pf", pf,
 		"--metrics-bind-address", "0")
 }
 
@@ -301,12 +311,16 @@ func (h *Harness) AwaitFreeVFs(ctx context.Context, node string, want int) error
 // CreateVM creates a VMI with one VF and waits until it runs. A paused one
 // holds its VF and never does anything.
 func (h *Harness) CreateVM(ctx context.Context, name, mac string, memory int64, cores uint32, paused bool) error {
+	return h.createVM(ctx, name, mac, h.Lab.GuestIP(), memory, cores, paused)
+}
+
+func (h *Harness) createVM(ctx context.Context, name, mac string, ip netip.Prefix, memory int64, cores uint32, paused bool) error {
 	v := &kubevirtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: Namespace}}
 	guest := resource.NewQuantity(memory<<20, resource.BinarySI)
 	v.Spec.Domain.Memory = &kubevirtv1.Memory{Guest: guest}
 	v.Spec.Domain.CPU = &kubevirtv1.CPU{Cores: cores}
 	v.Spec.Domain.Firmware = &kubevirtv1.Firmware{KernelBoot: &kubevirtv1.KernelBoot{
-		KernelArgs: "console=ttyS0 panic=-1 mitigations=off compsc.ip=" + h.Lab.GuestIP().String(),
+		KernelArgs: "console=ttyS0 panic=-1 mitigations=off compsc.ip=" + ip.String(),
 	}}
 	v.Spec.Domain.Devices.Interfaces = []kubevirtv1.Interface{{
 		Name: Interface, Binding: &kubevirtv1.PluginBinding{Name: standin.BindingName}, MacAddress: mac,
@@ -346,8 +360,12 @@ func (h *Harness) DeleteVM(ctx context.Context, name string) error {
 
 // VMNode is where the VM under load runs.
 func (h *Harness) VMNode(ctx context.Context) (string, error) {
+	return h.nodeOf(ctx, client.ObjectKey{Namespace: Namespace, Name: VMI})
+}
+
+func (h *Harness) nodeOf(ctx context.Context, vmi client.ObjectKey) (string, error) {
 	v := &kubevirtv1.VirtualMachineInstance{}
-	if err := h.Client().Get(ctx, vmKey, v); err != nil {
+	if err := h.Client().Get(ctx, vmi, v); err != nil {
 		return "", err
 	}
 	if !v.IsRunning() {
@@ -355,8 +373,6 @@ func (h *Harness) VMNode(ctx context.Context) (string, error) {
 	}
 	return v.Status.NodeName, nil
 }
-
-var vmKey = client.ObjectKey{Namespace: Namespace, Name: VMI}
 
 // Other is the node that a VM on the given one can go to.
 func Other(node string) string {

@@ -5,8 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"time"
 
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/stream"
 	"compsc.io/compsc/e2e/traffic"
@@ -17,15 +21,22 @@ const (
 	guestCores  = 2   // two queue pairs
 	bootTimeout = 3 * time.Minute
 	callTimeout = 20 * time.Second
+	// flowTimeout bounds the wait for traffic to flow after a stop: a sender
+	// whose segments were lost tries again when as much time has passed as
+	// since the first loss (RFC 6298, 5.5), whatever arrives from the other end.
+	flowTimeout = time.Minute
 	// streamRate is in bytes per second, each way.
 	streamRate = 2 << 20
 	// flow is how many bytes each way prove that the stream is alive.
 	flow = 256 << 10
 )
 
-// VM is the VM under load, with its traffic.
+// VM is a VM under load, with its traffic.
 type VM struct {
-	h      *Harness
+	h    *Harness
+	name string
+	ip   netip.Addr
+
 	Pinger *traffic.Pinger
 	Stream *stream.Stream
 	// before are the resets and losses of link that the guest had seen when
@@ -45,14 +56,19 @@ type Health struct {
 	Stats proto.Stats
 }
 
-// Boot starts the VM on NodeA and waits until its driver has a link.
-func (h *Harness) Boot(ctx context.Context) (*VM, error) {
+// Boot starts the VM and waits until its driver has a link.
+func (h *Harness) Boot(ctx context.Context) (*VM, error) { return h.BootVM(ctx, VMI, MAC, 0) }
+
+// BootVM starts one more VM, which has the n-th guest's address, and waits
+// until its driver has a link.
+func (h *Harness) BootVM(ctx context.Context, name, mac string, n int) (*VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
-	if err := h.CreateVM(ctx, VMI, MAC, guestMemory, guestCores, false); err != nil {
+	ip := h.Lab.GuestAddress(n)
+	if err := h.createVM(ctx, name, mac, ip, guestMemory, guestCores, false); err != nil {
 		return nil, err
 	}
-	vm := &VM{h: h}
+	vm := &VM{h: h, name: name, ip: ip.Addr()}
 	return vm, vm.withGuest(ctx, bootTimeout, func(ctx context.Context, c *proto.Client) error {
 		for {
 			// Until the guest has opened its port it echoes.
@@ -64,11 +80,23 @@ func (h *Harness) Boot(ctx context.Context) (*VM, error) {
 	})
 }
 
+// Node is where the VM runs.
+func (vm *VM) Node(ctx context.Context) (string, error) { return vm.h.nodeOf(ctx, vm.key()) }
+
+func (vm *VM) key() client.ObjectKey { return client.ObjectKey{Namespace: Namespace, Name: vm.name} }
+
+// NewMigration is a VFMigration of the VM to the node.
+func (vm *VM) NewMigration(name, node string) *v1alpha1.VFMigration {
+	m := NewMigration(name, node)
+	m.Spec.VMIName = vm.name
+	return m
+}
+
 // withGuest speaks to the guest where it runs now.
 func (vm *VM) withGuest(ctx context.Context, bound time.Duration, do func(context.Context, *proto.Client) error) error {
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	path, err := vm.h.StandIn.AgentSocket(ctx, vmKey)
+	path, err := vm.h.StandIn.AgentSocket(ctx, vm.key())
 	if err != nil {
 		return err
 	}
@@ -118,20 +146,26 @@ func (vm *VM) StartTraffic(ctx context.Context) (err error) {
 	if vm.before, err = vm.Health(ctx); err != nil {
 		return err
 	}
-	ip := vm.h.Lab.GuestIP().Addr()
-	if vm.Pinger, err = traffic.Ping(vm.h.Lab, ip); err != nil {
+	if vm.Pinger, err = traffic.Ping(vm.h.Lab, vm.ip); err != nil {
 		return err
 	}
-	if vm.Stream, err = traffic.OpenStream(context.WithoutCancel(ctx), vm.h.Lab, ip, uint64(time.Now().UnixNano()), streamRate); err != nil {
+	if vm.Stream, err = traffic.OpenStream(context.WithoutCancel(ctx), vm.h.Lab, vm.ip, uint64(time.Now().UnixNano()), streamRate); err != nil {
 		return err
 	}
 	return vm.AwaitFlow(ctx)
 }
 
+// Rebase takes what the guest's driver went through up to now for the test's
+// own doing: CheckUndisturbed looks at what comes after.
+func (vm *VM) Rebase(ctx context.Context) (err error) {
+	vm.before, err = vm.Health(ctx)
+	return err
+}
+
 // AwaitFlow waits until pings are answered and the stream moves on: the
 // guest's VF works in both directions.
 func (vm *VM) AwaitFlow(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, flowTimeout)
 	defer cancel()
 	if err := vm.Pinger.Await(ctx, 10); err != nil {
 		return err
@@ -142,7 +176,8 @@ func (vm *VM) AwaitFlow(ctx context.Context) error {
 	return vm.awaitGuestProgress(ctx)
 }
 
-// awaitGuestProgress waits until the guest has received more of the stream.
+// awaitGuestProgress waits until the guest has received more of the stream,
+// which is the first that it was asked for.
 func (vm *VM) awaitGuestProgress(ctx context.Context) error {
 	var from uint64
 	first := true
@@ -151,8 +186,8 @@ func (vm *VM) awaitGuestProgress(ctx context.Context) error {
 		if err != nil {
 			return false, err
 		}
-		if len(streams) != 1 {
-			return false, fmt.Errorf("the guest has %d streams, want 1", len(streams))
+		if len(streams) == 0 {
+			return false, errors.New("the guest has no stream")
 		}
 		if first {
 			from, first = streams[0].Received, false
@@ -164,6 +199,10 @@ func (vm *VM) awaitGuestProgress(ctx context.Context) error {
 // StopTraffic ends the ping and the stream, and tells whether every byte
 // that either end received was the right one.
 func (vm *VM) StopTraffic(ctx context.Context) (stream.Stats, error) {
+	// The end of a stream comes behind what was lost of it.
+	if err := vm.AwaitFlow(ctx); err != nil {
+		return vm.Stream.Stats(), errors.Join(err, vm.Pinger.Close())
+	}
 	stop, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	st, err := vm.Stream.Stop(stop)

@@ -147,8 +147,11 @@ func (l *Lab) HubIP() netip.Addr { return l.address(hubHost) }
 func (l *Lab) RootIP() netip.Addr { return l.address(rootHost) }
 
 // GuestIP is the address for the guest, its length that of Subnet.
-func (l *Lab) GuestIP() netip.Prefix {
-	return netip.PrefixFrom(l.address(guestHost), l.Subnet.Bits())
+func (l *Lab) GuestIP() netip.Prefix { return l.GuestAddress(0) }
+
+// GuestAddress is the address for the n-th guest, 0 to 99; the first is GuestIP.
+func (l *Lab) GuestAddress(n int) netip.Prefix {
+	return netip.PrefixFrom(l.address(guestHost+n), l.Subnet.Bits())
 }
 
 func (l *Lab) buildHub() error {

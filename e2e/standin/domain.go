@@ -104,7 +104,8 @@ func domainArgs(v *kubevirtv1.VirtualMachineInstance, incoming bool) ([]string, 
 	a := []string{
 		"-name", v.Name,
 		"-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "qemu64",
+		// Without graphics the firmware's console is the first serial port.
+		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", "tcg,thread=multi", "-cpu", "qemu64",
 		"-smp", strconv.Itoa(int(cpus)),
 		"-m", fmt.Sprintf("%dM", memory),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", memory),

@@ -37,6 +37,12 @@ type job struct {
 	source, target *pod
 	address        string
 
+	// copying is closed when QEMU has begun to send the VM's memory, loaded
+	// when the target has everything and is about to start the VM; both
+	// domains are set then.
+	copying, loaded chan struct{}
+	src, dst        *domain
+
 	done chan struct{}
 	err  error // valid once done is closed
 
@@ -66,6 +72,38 @@ func (s *StandIn) Timing(migration types.UID) (Timing, bool) {
 	}
 }
 
+// Copying tells whether the migration has come to pre-copy.
+func (s *StandIn) Copying(migration types.UID) bool {
+	j := s.job(migration)
+	if j == nil {
+		return false
+	}
+	select {
+	case <-j.copying:
+		return true
+	default:
+		return false
+	}
+}
+
+// Domains are the QEMU processes of a migration.
+type Domains struct{ SourcePID, TargetPID int }
+
+// Loaded returns the two QEMUs of a migration whose target has loaded
+// everything, which is when neither runs the VM; held there by BeforeFinish.
+func (s *StandIn) Loaded(migration types.UID) (Domains, bool) {
+	j := s.job(migration)
+	if j == nil {
+		return Domains{}, false
+	}
+	select {
+	case <-j.loaded:
+		return Domains{SourcePID: j.src.proc.PID(), TargetPID: j.dst.proc.PID()}, true
+	default:
+		return Domains{}, false
+	}
+}
+
 func (s *StandIn) job(migration types.UID) *job {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -88,7 +126,8 @@ func (s *StandIn) startJob(x *scope) error {
 	j := &job{
 		name: x.m.Name, vmi: x.v.DeepCopy(), source: source, target: target,
 		address: x.v.Status.MigrationState.TargetNodeAddress,
-		done:    make(chan struct{}), aborted: make(chan struct{}),
+		copying: make(chan struct{}), loaded: make(chan struct{}),
+		done: make(chan struct{}), aborted: make(chan struct{}),
 	}
 	s.mu.Lock()
 	s.jobs[x.m.UID] = j
@@ -128,10 +167,21 @@ func (s *StandIn) SpeedUp(ctx context.Context) error {
 }
 
 // abort cancels the job if that is still possible. It does not wait.
+//
+// QEMU must not be told before its migration is "active": a migrate_cancel
+// while it still connects is not passed on to the connection, whose return
+// path QEMU then waits for in its main loop, for ever.
 func (j *job) abort(ctx context.Context) {
 	j.abortOnce.Do(func() {
 		close(j.aborted)
 		go func() {
+			select {
+			case <-j.copying:
+			case <-j.done:
+				return
+			case <-ctx.Done():
+				return
+			}
 			if src := j.source.activeDomain(); src != nil {
 				// QEMU's answer is the migration's end. It refuses when
 				// nothing is left to cancel.
@@ -155,7 +205,7 @@ func (s *StandIn) migrate(ctx context.Context, j *job) error {
 	from := src.mark()
 	err = s.perform(ctx, j, src)
 	if err == nil {
-		err = s.finish(ctx, j, dst)
+		err = s.finish(ctx, j, src, dst)
 	}
 	if err != nil {
 		why := errors.Join(err, tailIfEnded(dst.proc))
@@ -220,6 +270,10 @@ func (s *StandIn) perform(ctx context.Context, j *job, src *domain) error {
 	if err := src.do(ctx, "migrate", map[string]any{"uri": j.uri()}); err != nil {
 		return err
 	}
+	if _, _, err := src.wait(ctx, from, migrationStatus("active", "failed", "cancelled")); err != nil {
+		return fmt.Errorf("QEMU does not begin to migrate: %w", err)
+	}
+	close(j.copying)
 	for {
 		e, next, err := src.wait(ctx, from, migrationStatus("pre-switchover", "completed", "failed", "cancelled"))
 		if err != nil {
@@ -251,7 +305,7 @@ func (s *StandIn) perform(ctx context.Context, j *job, src *domain) error {
 }
 
 // finish starts the VM on the target.
-func (s *StandIn) finish(ctx context.Context, j *job, dst *domain) error {
+func (s *StandIn) finish(ctx context.Context, j *job, src, dst *domain) error {
 	load, cancel := context.WithTimeout(ctx, finishTimeout)
 	defer cancel()
 	// cont before the end of the load would start the VM behind our back.
@@ -262,6 +316,8 @@ func (s *StandIn) finish(ctx context.Context, j *job, dst *domain) error {
 	if e.Data["status"] == "failed" {
 		return errors.New("the target could not load the VM")
 	}
+	j.src, j.dst = src, dst
+	close(j.loaded)
 	select {
 	case <-s.held(BeforeFinish):
 	case <-ctx.Done():

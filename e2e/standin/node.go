@@ -205,10 +205,13 @@ func (s *StandIn) reportPod(ctx context.Context, o *corev1.Pod, p *pod) error {
 			}
 			compute, sidecar = corev1.ContainerState{Terminated: exit}, corev1.ContainerState{Terminated: exit}
 			ready = false
+		} else if p.sidecarEnded() {
+			sidecar = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{Reason: "Error", ExitCode: 137}}
+			ready = false
 		}
 		o.Status.ContainerStatuses = []corev1.ContainerStatus{
 			{Name: computeContainer, Image: launcherImage, State: compute, Ready: ended == "", Started: new(ended == "")},
-			{Name: sidecarContainer, Image: sidecarImage, State: sidecar, Ready: ready, Started: new(ended == "")},
+			{Name: sidecarContainer, Image: sidecarImage, State: sidecar, Ready: ready, Started: new(sidecar.Running != nil)},
 		}
 		setPodCondition(o, corev1.PodInitialized, true, "", "")
 		setPodCondition(o, corev1.ContainersReady, ready, "ContainersNotReady", "")

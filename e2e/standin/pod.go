@@ -19,6 +19,7 @@ import (
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/e2e/lab"
 )
 
@@ -101,6 +102,10 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	p.probing = cancel
 	go s.probe(ctx, p)
+	go func() {
+		<-p.sidecar.Done()
+		s.pokePod(p)
+	}()
 	s.mu.Lock()
 	s.pods[p.uid] = p
 	s.mu.Unlock()
@@ -198,6 +203,46 @@ func (s *StandIn) setDomain(p *pod, d *domain) error {
 		s.finishPod(p, corev1.PodFailed)
 	}()
 	return nil
+}
+
+// sidecarEnded tells whether the sidecar has ended, which the pod survives:
+// nobody starts a container again that is RestartPolicy Never's.
+func (p *pod) sidecarEnded() bool {
+	select {
+	case <-p.sidecar.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// KillSidecar kills a pod's device process, as the kernel does when memory is
+// short.
+func (s *StandIn) KillSidecar(pod types.UID) error {
+	p := s.podOf(pod)
+	if p == nil {
+		return fmt.Errorf("no pod %s runs", pod)
+	}
+	p.sidecar.Stop(0)
+	return nil
+}
+
+// DevicePhase is what a pod's device process says of itself.
+func (s *StandIn) DevicePhase(ctx context.Context, pod types.UID) (controlpb.Phase, error) {
+	p := s.podOf(pod)
+	if p == nil {
+		return 0, fmt.Errorf("no pod %s runs", pod)
+	}
+	conn, err := dialDevice(p.hooks)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	r, err := controlpb.NewDeviceClient(conn).Status(ctx, &controlpb.StatusRequest{})
+	if err != nil {
+		return 0, fmt.Errorf("device process of pod %s: %w", p.name, err)
+	}
+	return r.Phase, nil
 }
 
 // finishPod ends the pod in the given phase, if it has not ended: QEMU first,

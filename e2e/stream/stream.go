@@ -35,6 +35,10 @@ const (
 	// maxRate bounds a rate that arrives in a header, so that time computed
 	// from it stays in range.
 	maxRate = 1 << 40
+	// sendBuffer bounds what TCP holds of a sender that is faster than the
+	// network. By itself TCP takes megabytes, behind which the end of a stream
+	// waits for minutes when a guest is slow.
+	sendBuffer = 256 << 10
 	// headerTimeout bounds the wait for a client's header.
 	headerTimeout = 10 * time.Second
 )
@@ -104,6 +108,10 @@ func Serve(ctx context.Context, conn net.Conn) (*Stream, error) {
 }
 
 func newStream(conn net.Conn, rate uint64, out, in sequence) *Stream {
+	if c, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
+		// A connection that refuses, because it is closed, fails below.
+		_ = c.SetWriteBuffer(sendBuffer)
+	}
 	return &Stream{
 		conn: conn, rate: rate, out: out, in: in,
 		stopping: make(chan struct{}), done: make(chan struct{}),

@@ -4,6 +4,7 @@ package tests
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -53,12 +54,15 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	defer os.RemoveAll(dir)
-	binary := filepath.Join(dir, "compsc")
-	// Only a build with the tag demo can inject faults.
-	build := exec.CommandContext(ctx, "go", "build", "-tags", "demo", "-o", binary, "compsc.io/compsc")
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		return 1, fmt.Errorf("build the product: %w", err)
+	binary := os.Getenv("COMPSC_BINARY")
+	if binary == "" {
+		binary = filepath.Join(dir, "compsc")
+		// Only a build with the tag demo can inject faults.
+		build := exec.CommandContext(ctx, "go", "build", "-tags", "demo", "-o", binary, "compsc.io/compsc")
+		build.Stdout, build.Stderr = os.Stderr, os.Stderr
+		if err := build.Run(); err != nil {
+			return 1, fmt.Errorf("build the product: %w", err)
+		}
 	}
 	set, err := artifacts.Find(binary)
 	if err != nil {
@@ -75,8 +79,11 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	defer func() {
+		if code != 0 || err != nil {
+			keepLogs(filepath.Join(filepath.Dir(set.Config), "out", "e2e-log"))
+		}
 		if cerr := h.Close(); cerr != nil {
-			code, err = 1, cerr
+			code, err = 1, errors.Join(err, cerr)
 		}
 	}()
 	if vm, err = h.Boot(ctx); err != nil {
@@ -97,6 +104,19 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 		return 1, fmt.Errorf("the stream of all tests: %+v: %w", st, err)
 	}
 	return code, nil
+}
+
+// keepLogs copies the logs of all processes, which end with the lab.
+func keepLogs(dir string) {
+	err := os.RemoveAll(dir)
+	if err == nil {
+		err = os.CopyFS(dir, os.DirFS(h.LogDir()))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "the logs are lost:", err)
+		return
+	}
+	fmt.Fprintln(os.Stderr, "the logs of all processes are in", dir)
 }
 
 // within bounds a test.
@@ -125,8 +145,12 @@ func vmNode(t *testing.T, ctx context.Context) string {
 // newMigration names a VFMigration of the VM to the other node.
 func newMigration(t *testing.T, ctx context.Context) *v1alpha1.VFMigration {
 	t.Helper()
+	return vm.NewMigration(uniqueName(t), harness.Other(vmNode(t, ctx)))
+}
+
+func uniqueName(t *testing.T) string {
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
-	return harness.NewMigration(fmt.Sprintf("%s-%d", name, names.Add(1)), harness.Other(vmNode(t, ctx)))
+	return fmt.Sprintf("%s-%d", name, names.Add(1))
 }
 
 func create(ctx context.Context, m *v1alpha1.VFMigration) error { return h.Client().Create(ctx, m) }

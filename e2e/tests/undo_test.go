@@ -33,26 +33,29 @@ type stage struct {
 	reached func(context.Context, *v1alpha1.VFMigration) (bool, error)
 }
 
-func stages() []stage {
-	vmim := func(phase kubevirtv1.VirtualMachineInstanceMigrationPhase, condition string) func(context.Context, *v1alpha1.VFMigration) (bool, error) {
-		return func(ctx context.Context, m *v1alpha1.VFMigration) (bool, error) {
-			if condition != "" && !isTrue(condition)(m) || m.Status.MigrationRef == nil {
-				return false, nil
-			}
-			k := &kubevirtv1.VirtualMachineInstanceMigration{}
-			err := h.Client().Get(ctx, client.ObjectKey{Namespace: m.Namespace, Name: m.Status.MigrationRef.Name}, k)
-			return k.Status.Phase == phase, err
+// inPhase tells whether a VFMigration has the condition and its
+// VirtualMachineInstanceMigration is in the phase.
+func inPhase(phase kubevirtv1.VirtualMachineInstanceMigrationPhase, condition string) func(context.Context, *v1alpha1.VFMigration) (bool, error) {
+	return func(ctx context.Context, m *v1alpha1.VFMigration) (bool, error) {
+		if !isTrue(condition)(m) || m.Status.MigrationRef == nil {
+			return false, nil
 		}
+		k := &kubevirtv1.VirtualMachineInstanceMigration{}
+		err := h.Client().Get(ctx, client.ObjectKey{Namespace: m.Namespace, Name: m.Status.MigrationRef.Name}, k)
+		return k.Status.Phase == phase, err
 	}
+}
+
+func stages() []stage {
 	return []stage{
-		{"accepted", standin.InPending, vmim(kubevirtv1.MigrationPending, v1alpha1.ConditionAccepted)},
-		{"pinned", standin.InScheduling, vmim(kubevirtv1.MigrationScheduling, v1alpha1.ConditionTargetPinned)},
-		{"prepared", standin.InScheduled, vmim(kubevirtv1.MigrationScheduled, v1alpha1.ConditionPrepared)},
-		{"preparing-target", standin.InPreparingTarget, vmim(kubevirtv1.MigrationPreparingTarget, v1alpha1.ConditionPrepared)},
-		{"target-ready", standin.InTargetReady, vmim(kubevirtv1.MigrationTargetReady, v1alpha1.ConditionPrepared)},
-		{"pre-copy", "", vmim(kubevirtv1.MigrationRunning, v1alpha1.ConditionPrepared)},
-		{"captured", standin.InPreSwitchover, vmim(kubevirtv1.MigrationRunning, v1alpha1.ConditionCaptured)},
-		{"before-start", standin.BeforeFinish, vmim(kubevirtv1.MigrationRunning, v1alpha1.ConditionCaptured)},
+		{"accepted", standin.InPending, inPhase(kubevirtv1.MigrationPending, v1alpha1.ConditionAccepted)},
+		{"pinned", standin.InScheduling, inPhase(kubevirtv1.MigrationScheduling, v1alpha1.ConditionTargetPinned)},
+		{"prepared", standin.InScheduled, inPhase(kubevirtv1.MigrationScheduled, v1alpha1.ConditionPrepared)},
+		{"preparing-target", standin.InPreparingTarget, inPhase(kubevirtv1.MigrationPreparingTarget, v1alpha1.ConditionPrepared)},
+		{"target-ready", standin.InTargetReady, inPhase(kubevirtv1.MigrationTargetReady, v1alpha1.ConditionPrepared)},
+		{"pre-copy", "", copying},
+		{"captured", standin.InPreSwitchover, inPhase(kubevirtv1.MigrationRunning, v1alpha1.ConditionCaptured)},
+		{"before-start", standin.BeforeFinish, loaded},
 	}
 }
 
@@ -68,16 +71,37 @@ func (s stage) bring(t *testing.T, ctx context.Context) (m *v1alpha1.VFMigration
 	t.Cleanup(release)
 	m = newMigration(t, ctx)
 	check(t, create(ctx, m))
-	check(t, harness.Until(ctx, "VFMigration "+m.Name+" to be "+s.name, func(ctx context.Context) (bool, error) {
+	reach(t, ctx, m, s.name, s.reached)
+	return m, release
+}
+
+// reach waits until a migration that must not end before is where reached
+// says.
+func reach(t *testing.T, ctx context.Context, m *v1alpha1.VFMigration, what string, reached func(context.Context, *v1alpha1.VFMigration) (bool, error)) {
+	t.Helper()
+	check(t, harness.Until(ctx, "VFMigration "+m.Name+" to be "+what, func(ctx context.Context) (bool, error) {
 		if err := h.Client().Get(ctx, client.ObjectKeyFromObject(m), m); err != nil {
 			return false, err
 		}
 		if harness.Ended(m) {
 			t.Fatalf("it ended: %s", harness.Describe(m))
 		}
-		return s.reached(ctx, m)
+		return reached(ctx, m)
 	}))
-	return m, release
+}
+
+// copying tells whether pre-copy has begun.
+func copying(_ context.Context, m *v1alpha1.VFMigration) (bool, error) {
+	return isTrue(v1alpha1.ConditionPrepared)(m) && m.Status.MigrationRef != nil && h.StandIn.Copying(m.Status.MigrationRef.UID), nil
+}
+
+// loaded tells whether the target has loaded everything.
+func loaded(_ context.Context, m *v1alpha1.VFMigration) (bool, error) {
+	if !isTrue(v1alpha1.ConditionCaptured)(m) || m.Status.MigrationRef == nil {
+		return false, nil
+	}
+	_, ok := h.StandIn.Loaded(m.Status.MigrationRef.UID)
+	return ok, nil
 }
 
 // letGo ends the hold of the stages in which neither KubeVirt nor libvirt can

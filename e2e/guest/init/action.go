@@ -38,18 +38,38 @@ func (g *guest) act(action proto.Action) error {
 	case proto.ActionMTU:
 		return configureDevice(device.name, netip.Prefix{}, action.MTU)
 	case proto.ActionVLAN:
-		return setVLAN(device.name, action.VLAN, action.Up)
+		return setVLAN(device.name, action.VLAN, action.Up, action.Address)
+	case proto.ActionMulticast:
+		return g.setGroup(device.name, action.Group, action.Up)
+	case proto.ActionAllMulti:
+		return setFlag(device.name, action.Up, netlink.LinkSetAllmulticastOn, netlink.LinkSetAllmulticastOff)
+	case proto.ActionPromisc:
+		return setFlag(device.name, action.Up, netlink.SetPromiscOn, netlink.SetPromiscOff)
+	case proto.ActionRing:
+		return setRing(device.name, action.RX, action.TX)
+	case proto.ActionCoalesce:
+		return setCoalesce(device.name, action.Usecs)
+	case proto.ActionFeature:
+		return setFeature(device.name, action.Feature, action.Up)
 	case proto.ActionRebind:
-		if err := rebind(device); err != nil {
-			return err
-		}
-		if err := configureNetwork(g.config); err != nil {
-			return err
-		}
-		return g.listenMulticast()
+		return g.renew(func() error { return rebind(device) })
+	case proto.ActionReload:
+		return g.renew(func() error { return reload(device) })
 	default:
 		return fmt.Errorf("there is no action %q", action.Name)
 	}
+}
+
+// renew has the interfaces made anew by change and sets them up as at boot.
+func (g *guest) renew(change func() error) error {
+	g.leaveGroups()
+	if err := change(); err != nil {
+		return err
+	}
+	if err := configureNetwork(g.config); err != nil {
+		return err
+	}
+	return g.listenMulticast()
 }
 
 // find returns the index of the device with that name, the first for none.
@@ -66,14 +86,19 @@ func find(devices []netDevice, name string) (int, error) {
 }
 
 func setLink(name string, up bool) error {
+	return setFlag(name, up, netlink.LinkSetUp, netlink.LinkSetDown)
+}
+
+// setFlag turns a flag of the interface on or off.
+func setFlag(name string, up bool, on, off func(netlink.Link) error) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
 	}
 	if up {
-		return netlink.LinkSetUp(link)
+		return on(link)
 	}
-	return netlink.LinkSetDown(link)
+	return off(link)
 }
 
 // restart ends the guest a moment later, so that the request is answered first.

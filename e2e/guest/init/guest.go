@@ -25,12 +25,19 @@ import (
 type guest struct {
 	config config
 	log    *kernelLog
+	frames *frames
 
 	mu        sync.Mutex
 	broken    error // why the network could not be set up
 	streams   []guestStream
 	multicast map[string]*atomic.Uint64 // datagrams, by interface
+
+	joining sync.Mutex // held while groups are joined and left
+	groups  map[membership]*net.UDPConn
 }
+
+// membership is a multicast group that is joined on an interface.
+type membership struct{ device, group string }
 
 type guestStream struct {
 	peer string
@@ -83,26 +90,65 @@ func (g *guest) serveStreams(listener net.Listener) {
 }
 
 // listenMulticast joins the test's multicast group on every PCI interface.
-// Interfaces that it has joined on before are joined anew, as they need it
-// after a rebind.
 func (g *guest) listenMulticast() error {
 	devices, err := pciNetDevices()
 	if err != nil {
 		return err
 	}
 	for _, device := range devices {
-		ifi, err := net.InterfaceByName(device.name)
-		if err != nil {
+		if err := g.setGroup(device.name, proto.MulticastGroup, true); err != nil {
 			return err
 		}
-		group := &net.UDPAddr{IP: net.ParseIP(proto.MulticastGroup), Port: proto.MulticastPort}
-		conn, err := net.ListenMulticastUDP("udp4", ifi, group)
-		if err != nil {
-			return fmt.Errorf("%s: joining %s: %w", device.name, group, err)
-		}
-		go count(conn, g.multicastCounter(device.name))
 	}
 	return nil
+}
+
+// setGroup joins or leaves a multicast group, and counts the datagrams of
+// proto.MulticastGroup.
+func (g *guest) setGroup(device, group string, join bool) error {
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	member := membership{device, group}
+	conn := g.groups[member]
+	switch {
+	case join == (conn != nil):
+		return nil
+	case !join:
+		delete(g.groups, member)
+		return conn.Close()
+	}
+	ip := net.ParseIP(group).To4()
+	if ip == nil || !ip.IsMulticast() {
+		return fmt.Errorf("%q is not the address of an IPv4 multicast group", group)
+	}
+	ifi, err := net.InterfaceByName(device)
+	if err != nil {
+		return err
+	}
+	if conn, err = net.ListenMulticastUDP("udp4", ifi, &net.UDPAddr{IP: ip, Port: proto.MulticastPort}); err != nil {
+		return fmt.Errorf("%s: joining %s: %w", device, group, err)
+	}
+	if g.groups == nil {
+		g.groups = map[membership]*net.UDPConn{}
+	}
+	g.groups[member] = conn
+	n := &atomic.Uint64{}
+	if group == proto.MulticastGroup {
+		n = g.multicastCounter(device)
+	}
+	go count(conn, n)
+	return nil
+}
+
+// leaveGroups leaves all groups: their sockets would not join on interfaces
+// to come, but receive from them.
+func (g *guest) leaveGroups() {
+	g.joining.Lock()
+	defer g.joining.Unlock()
+	for member, conn := range g.groups {
+		delete(g.groups, member)
+		_ = conn.Close() // the group is left even so
+	}
 }
 
 func (g *guest) multicastCounter(name string) *atomic.Uint64 {
@@ -152,6 +198,16 @@ func (g *guest) dispatch(request proto.Request) (proto.Response, error) {
 		defer g.mu.Unlock()
 		for _, s := range g.streams {
 			response.Streams = append(response.Streams, proto.Stream{Peer: s.peer, Stats: s.Stats()})
+		}
+	case proto.OpFrames:
+		response.Frames = g.frames.seen()
+	case proto.OpSettings:
+		var devices []netDevice
+		if devices, err = pciNetDevices(); err == nil && len(devices) == 0 {
+			err = errors.New("the guest has no PCI network interface")
+		}
+		if err == nil {
+			response.Settings, err = settings(devices[0].name)
 		}
 	case proto.OpRun:
 		if request.Action == nil {

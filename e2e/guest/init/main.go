@@ -47,9 +47,13 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	frames, err := watchFrames()
+	if err != nil {
+		return err
+	}
 	// The command port is served before the network is up, so that a test can
 	// ask why it is not.
-	g := &guest{config: config, log: watch}
+	g := &guest{config: config, log: watch, frames: frames}
 	failed := make(chan error, 1)
 	go func() { failed <- proto.Serve(port, g.handle) }()
 	if err := g.start(); err != nil {

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // netDevice is a network interface that is a PCI device.
@@ -96,8 +97,9 @@ func configureDevice(name string, address netip.Prefix, mtu int) error {
 	return nil
 }
 
-// setVLAN adds or removes the VLAN interface vlan on top of the interface name.
-func setVLAN(name string, vlan int, present bool) error {
+// setVLAN adds or removes the VLAN interface vlan on top of the interface
+// name; the address is optional.
+func setVLAN(name string, vlan int, present bool, address string) error {
 	if vlan < 1 || vlan > 4094 {
 		return fmt.Errorf("VLAN %d is not between 1 and 4094", vlan)
 	}
@@ -120,7 +122,13 @@ func setVLAN(name string, vlan int, present bool) error {
 			return fmt.Errorf("adding %s: %w", vlanName, err)
 		}
 	}
-	return netlink.LinkSetUp(link)
+	var prefix netip.Prefix
+	if address != "" {
+		if prefix, err = netip.ParsePrefix(address); err != nil {
+			return fmt.Errorf("%s: %w", vlanName, err)
+		}
+	}
+	return configureDevice(vlanName, prefix, 0)
 }
 
 // rebind takes the device from its driver and gives it back.
@@ -130,6 +138,17 @@ func rebind(device netDevice) error {
 		if err := os.WriteFile(path, []byte(device.pci), 0); err != nil {
 			return fmt.Errorf("%s of %s: %w", file, device.pci, err)
 		}
+	}
+	return nil
+}
+
+// reload removes the module of the device's driver and loads it again.
+func reload(device netDevice) error {
+	if err := unix.DeleteModule(device.driver, 0); err != nil {
+		return fmt.Errorf("removing module %s: %w", device.driver, err)
+	}
+	if err := loadModule("/modules/" + device.driver + ".ko"); err != nil {
+		return fmt.Errorf("loading module %s: %w", device.driver, err)
 	}
 	return nil
 }

@@ -163,6 +163,24 @@ func (c *Client) Streams(ctx context.Context) ([]Stream, error) {
 	return response.Streams, err
 }
 
+// Frames returns how many frames of each token came in.
+func (c *Client) Frames(ctx context.Context) (map[uint64]uint64, error) {
+	response, err := c.Call(ctx, Request{Op: OpFrames})
+	return response.Frames, err
+}
+
+// Settings returns what ethtool says of the first VF.
+func (c *Client) Settings(ctx context.Context) (Settings, error) {
+	response, err := c.Call(ctx, Request{Op: OpSettings})
+	if err != nil {
+		return Settings{}, err
+	}
+	if response.Settings == nil {
+		return Settings{}, errors.New("guest settings: the answer holds none")
+	}
+	return *response.Settings, nil
+}
+
 // Run has the guest carry out an action and waits until it has.
 func (c *Client) Run(ctx context.Context, action Action) error {
 	_, err := c.Call(ctx, Request{Op: OpRun, Action: &action})

@@ -3,8 +3,10 @@
 // Request to the guest and a Response back. A serial line has no sessions and
 // may lose or mix up bytes (a guest drops what arrived before it opened the
 // port, a migration moves the line to another process), so both ends skip what
-// does not parse, and the client repeats a request until it is answered. Every
-// operation may therefore be carried out twice and must not mind.
+// does not parse, and the client repeats a request until it is answered. The
+// guest answers a request that it sees again as it did before, and carries it
+// out once: an action that takes longer than the client's patience would
+// otherwise be repeated under whatever the test does next.
 package proto
 
 import (
@@ -32,6 +34,10 @@ const (
 	OpResets Op = "resets"
 	// OpStreams asks for Response.Streams.
 	OpStreams Op = "streams"
+	// OpFrames asks for Response.Frames.
+	OpFrames Op = "frames"
+	// OpSettings asks for Response.Settings of the first VF.
+	OpSettings Op = "settings"
 	// OpRun carries out Request.Action.
 	OpRun Op = "run"
 )
@@ -55,11 +61,30 @@ const (
 	// ActionMTU sets the interface's MTU to Action.MTU.
 	ActionMTU ActionName = "mtu"
 	// ActionVLAN adds (Up) or removes (not Up) the VLAN interface Action.VLAN
-	// on top of the interface, and sets it up.
+	// on top of the interface, and sets it up, with Action.Address if there is
+	// one.
 	ActionVLAN ActionName = "vlan"
+	// ActionMulticast joins (Up) or leaves (not Up) Action.Group on the interface.
+	ActionMulticast ActionName = "multicast"
+	// ActionAllMulti and ActionPromisc turn the interface's flag on (Up) or off.
+	ActionAllMulti ActionName = "allmulti"
+	ActionPromisc  ActionName = "promisc"
+	// ActionRing sets the numbers of descriptors of the interface's rings to
+	// Action.RX and Action.TX, as ethtool -G does.
+	ActionRing ActionName = "ring"
+	// ActionCoalesce sets the interface's rx-usecs to Action.Usecs, as
+	// ethtool -C does.
+	ActionCoalesce ActionName = "coalesce"
+	// ActionFeature turns Action.Feature, a name of `ethtool -k`'s kernel
+	// strings such as tx-tcp-segmentation, on (Up) or off, as ethtool -K does.
+	// It fails if the feature does not follow.
+	ActionFeature ActionName = "feature"
 	// ActionRebind unbinds the interface's driver from its PCI device, binds
 	// it again and configures the interface as at boot.
 	ActionRebind ActionName = "rebind"
+	// ActionReload removes the kernel module of the interface's driver, loads
+	// it again and configures the interface as at boot.
+	ActionReload ActionName = "reload"
 	// ActionPoweroff powers the guest off. It is answered first.
 	ActionPoweroff ActionName = "poweroff"
 	// ActionReboot resets the guest, which ends QEMU if it runs with
@@ -75,6 +100,15 @@ type Action struct {
 	Up        bool   `json:"up,omitempty"`
 	MTU       int    `json:"mtu,omitempty"`
 	VLAN      int    `json:"vlan,omitempty"`
+	// Address of a VLAN interface, such as 192.0.2.10/24; empty for none.
+	Address string `json:"address,omitempty"`
+	// Group is the IPv4 address of a multicast group.
+	Group string `json:"group,omitempty"`
+	// RX and TX are numbers of descriptors, Usecs are microseconds.
+	RX      int    `json:"rx,omitempty"`
+	TX      int    `json:"tx,omitempty"`
+	Usecs   int    `json:"usecs,omitempty"`
+	Feature string `json:"feature,omitempty"`
 }
 
 // Response is a guest's answer.
@@ -89,6 +123,31 @@ type Response struct {
 	Stats   []Stats  `json:"stats,omitempty"`
 	Resets  *Resets  `json:"resets,omitempty"`
 	Streams []Stream `json:"streams,omitempty"`
+	// Frames counts the frames of FrameType that came in, by their tokens, of
+	// which the last MaxTokens are kept.
+	Frames   map[uint64]uint64 `json:"frames,omitempty"`
+	Settings *Settings         `json:"settings,omitempty"`
+}
+
+// FrameType is the Ethernet type of frames that the guest counts, whatever
+// their addresses and VLAN: IEEE 802's first one for local experiments. Behind
+// it is the frame's token, 8 bytes, big-endian.
+const FrameType = 0x88b5
+
+// MaxTokens bounds Response.Frames.
+const MaxTokens = 256
+
+// Settings are what ethtool says of an interface.
+type Settings struct {
+	// RX and TX are the numbers of descriptors of its rings.
+	RX int `json:"rx"`
+	TX int `json:"tx"`
+	// Usecs is rx-usecs.
+	Usecs int `json:"usecs"`
+	// Features tells which of the kernel's features are on.
+	Features map[string]bool `json:"features"`
+	// Fixed are the features that cannot be changed.
+	Fixed map[string]bool `json:"fixed"`
 }
 
 // Info describes a guest.

@@ -8,9 +8,11 @@ import (
 
 // Serve reads requests from port and answers each with what handle returns,
 // one after the other, until port fails; it returns that failure. What is not
-// a request is skipped.
+// a request is skipped. A request that repeats the one before it gets the same
+// answer again.
 func Serve(port io.ReadWriter, handle func(Request) Response) error {
 	lines := bufio.NewReaderSize(port, MaxRequest)
+	var last Response
 	for {
 		line, err := readLine(lines)
 		if err != nil {
@@ -20,9 +22,11 @@ func Serve(port io.ReadWriter, handle func(Request) Response) error {
 		if !parse(line, &request) || request.Op == "" {
 			continue
 		}
-		response := handle(request)
-		response.ID, response.To = request.ID, request.Op
-		out, err := format(response)
+		if last.ID != request.ID || last.To != request.Op {
+			last = handle(request)
+			last.ID, last.To = request.ID, request.Op
+		}
+		out, err := format(last)
 		if err != nil {
 			return fmt.Errorf("answering %s: %w", request.Op, err)
 		}

@@ -1,0 +1,23 @@
+// Package twin proves that a guest cannot tell a migration of its VF from
+// none. A random guest runs on two VFs of the model at once, each behind its
+// engine: the twins. One of them stays where it is; the other is moved, again
+// and again, at random points between any two accesses of the guest, to VFs
+// that are new or had another tenant. After every operation all that the guest
+// can observe is compared: what it reads, its memory, the frames on the wire
+// and the interrupts.
+//
+// One seed decides everything: the guest's program, the silicon, when the twin
+// moves and whereto. The program does not depend on the moves, so that a seed
+// fails or passes whatever is left out of a move.
+//
+// # Differences that are allowed
+//
+//   - An interrupt more than the other twin had, on a vector in use, right
+//     after a move; its handler finds nothing to do (see move.go).
+//   - Frames that are in the packet buffer or on the wire during a move are
+//     lost as on a wire: none are sent to the twins then, and none while there
+//     are no descriptors for them and the queue would make them wait.
+//   - Frames longer than what the guest last asked for are not sent to it: how
+//     far a PF lets those through depends on what others had asked of it.
+//   - VFFRTIMER, a clock of the device, is not compared.
+package twin

@@ -1,0 +1,243 @@
+package twin
+
+import (
+	"compsc.io/compsc/agent/family/ixgbevf"
+)
+
+// trafficIn has some frames arrive, for the guest and for others.
+func (g *guest) trafficIn() {
+	if !g.fleet.cfg.ForceDropEnable && !g.roomForFrames() {
+		return // they would wait in the packet buffer, whose content is lost in a move
+	}
+	for range 1 + g.rng.IntN(4) {
+		dst := stations[g.mac]
+		switch g.rng.IntN(8) {
+		case 0, 1:
+			dst = pick(g.rng, groups...)
+		case 2:
+			dst = broadcast
+		case 3:
+			dst = pick(g.rng, stations...)
+		}
+		tag := -1
+		if chance(g.rng, 2, 5) {
+			tag = int(pick(g.rng, vlans...)) | g.rng.IntN(8)<<13
+		}
+		room := g.maxFrame - 4 - 14 - 40 - 20
+		payload := g.rng.IntN(100)
+		if room > 100 && chance(g.rng, 1, 4) {
+			payload = g.rng.IntN(room)
+		}
+		p := newPacket(g.rng, dst, pick(g.rng, stations...), tag, payload)
+		if chance(g.rng, 7, 8) {
+			p.fill()
+		}
+		if len(p.data) <= g.maxFrame-4 && g.maxFrame >= 1000 {
+			g.receive(p.data)
+		}
+	}
+}
+
+// roomForFrames tells whether every receive queue that is on could take the
+// largest burst of trafficIn.
+func (g *guest) roomForFrames() bool {
+	for q := range g.rx {
+		vf := g.twins[0].vf
+		if vf.Read(ixgbevf.VFRXDCTL(q))&ixgbevf.QueueEnable == 0 {
+			continue
+		}
+		size := vf.Read(ixgbevf.VFRDLEN(q)) / descriptorSize
+		head, tail := vf.Read(ixgbevf.VFRDH(q)), vf.Read(ixgbevf.VFRDT(q))
+		if head >= size || tail >= size || (tail+size-head)%size < 4*10 {
+			return false
+		}
+	}
+	return true
+}
+
+// offload is a context descriptor.
+type offload [descriptorSize]byte
+
+// Fields of transmit descriptors, as in the datasheet.
+const (
+	txEOP, txRS, txIFCS = 1 << 24, 1 << 27, 1 << 25
+	txDEXT, txVLE       = 1 << 29, 1 << 30
+	txTSE               = 1 << 31
+	txData, txContext   = 3 << 20, 2 << 20
+	txIXSM, txTXSM      = 1 << 8, 1 << 9
+	txSlot              = 1 << 4
+)
+
+// trafficOut sends some frames through one queue.
+func (g *guest) trafficOut() {
+	q := g.rng.IntN(len(g.tx))
+	r := &g.tx[q]
+	if r.size == 0 {
+		return
+	}
+	for range 1 + g.rng.IntN(4) {
+		src := stations[g.mac]
+		if chance(g.rng, 1, 10) {
+			src = pick(g.rng, stations...)
+		}
+		tag := -1
+		if chance(g.rng, 1, 8) {
+			tag = int(pick(g.rng, vlans...))
+		}
+		payload := g.rng.IntN(200)
+		if chance(g.rng, 1, 5) {
+			payload = g.rng.IntN(4000)
+		}
+		p := newPacket(g.rng, pick(g.rng, append(stations, broadcast)...), src, tag, payload)
+		if chance(g.rng, 1, 5) {
+			p.fill()
+			g.sendLegacy(q, p)
+		} else {
+			g.sendAdvanced(q, p)
+		}
+		if chance(g.rng, 1, 4) {
+			g.write(ixgbevf.VFTDT(q), r.next)
+		}
+	}
+	g.write(ixgbevf.VFTDT(q), r.next)
+}
+
+// room tells whether a ring has place for n descriptors more.
+func (g *guest) room(q, n int) bool {
+	r := &g.tx[q]
+	head := g.read(ixgbevf.VFTDH(q))
+	return head < r.size && (head+r.size-1-r.next)%r.size >= uint32(n)
+}
+
+// put writes one descriptor to a transmit ring.
+func (g *guest) put(q int, d [descriptorSize]byte) {
+	r := &g.tx[q]
+	g.poke(txRing(q)+uint64(r.next)*descriptorSize, d[:])
+	r.next = (r.next + 1) % r.size
+}
+
+// pieces cuts a frame up for several descriptors.
+func (g *guest) pieces(data []byte) [][]byte {
+	var list [][]byte
+	for n := 1 + g.rng.IntN(4); n > 1 && len(data) > 1; n-- {
+		at := 1 + g.rng.IntN(len(data)-1)
+		list, data = append(list, data[:at]), data[at:]
+	}
+	return append(list, data)
+}
+
+// buffer puts data where the device will fetch it.
+func (g *guest) buffer(data []byte) uint64 {
+	if g.txRoomAt+uint64(len(data)) > txRoom {
+		g.txRoomAt = 0
+	}
+	at := atTX + g.txRoomAt
+	g.txRoomAt += uint64(len(data))
+	g.poke(at, data)
+	return at
+}
+
+func (g *guest) sendLegacy(q int, p *packet) {
+	pieces := g.pieces(p.data)
+	if !g.room(q, len(pieces)) {
+		return
+	}
+	command := uint32(txIFCS)
+	var tag, start uint32
+	if chance(g.rng, 1, 4) {
+		command, tag = command|txVLE, uint32(pick(g.rng, vlans...))
+	}
+	if p.l4 != 0 && chance(g.rng, 1, 4) {
+		command, start = command|1<<26|uint32(p.l4+6)<<16, uint32(p.l4)
+	}
+	for i, piece := range pieces {
+		c := command | uint32(g.rng.IntN(2))*txRS
+		if i == len(pieces)-1 {
+			c |= txEOP | txRS
+		}
+		var d [descriptorSize]byte
+		le.PutUint64(d[:], g.buffer(piece))
+		le.PutUint32(d[8:], c|uint32(len(piece)))
+		le.PutUint32(d[12:], tag<<16|start<<8)
+		g.put(q, d)
+	}
+}
+
+// sendAdvanced sends a packet with what offloads come up: by a context of its
+// own as Linux's driver does, or by one it has put there before as DPDK's.
+func (g *guest) sendAdvanced(q int, p *packet) {
+	r := &g.tx[q]
+	slot := g.rng.IntN(2)
+	command, options := uint32(txDEXT|txData|txIFCS), uint32(slot)*txSlot
+	var ctx *offload
+	header := 0
+	if p.proto != protoRaw && chance(g.rng, 1, 2) || chance(g.rng, 1, 6) {
+		tso := p.proto != protoRaw && len(p.data)-p.header > 300 && chance(g.rng, 2, 3)
+		ctx = g.newOffload(p, slot, tso)
+		if p.proto != protoRaw {
+			options |= txIXSM | txTXSM
+			if p.v6 {
+				options &^= txIXSM
+			}
+		}
+		if tso {
+			command |= txTSE
+			header = p.header
+		}
+		if chance(g.rng, 1, 3) {
+			command |= txVLE
+		}
+	}
+	pieces := g.pieces(p.data)
+	if !g.room(q, len(pieces)+1) {
+		return
+	}
+	switch {
+	case ctx == nil:
+	case r.slots[slot] != nil && *r.slots[slot] == *ctx && chance(g.rng, 1, 2):
+	default:
+		g.put(q, *ctx)
+		r.slots[slot] = ctx
+	}
+	if ctx == nil && r.slots[slot] != nil && chance(g.rng, 1, 2) {
+		command |= txVLE // the tag of a context sent before
+	}
+	options |= uint32(len(p.data)-header) << 14
+	for i, piece := range pieces {
+		c := command | uint32(g.rng.IntN(2))*txRS
+		if i == len(pieces)-1 {
+			c |= txEOP
+			if chance(g.rng, 5, 6) {
+				c |= txRS
+			}
+		}
+		var d [descriptorSize]byte
+		le.PutUint64(d[:], g.buffer(piece))
+		le.PutUint32(d[8:], c|uint32(len(piece)))
+		le.PutUint32(d[12:], options)
+		g.put(q, d)
+	}
+}
+
+func (g *guest) newOffload(p *packet, slot int, tso bool) *offload {
+	var c offload
+	lengths, kind, mss := uint32(0), uint32(txDEXT|txContext), uint32(0)
+	if p.proto != protoRaw {
+		lengths = uint32(p.ip)<<9 | uint32(p.l4-p.ip)
+		if !p.v6 {
+			kind |= 1 << 10
+		}
+		if p.proto == protoTCP {
+			kind |= 1 << 11
+		}
+	} else {
+		lengths = 14 << 9
+	}
+	if tso {
+		mss = uint32(100+g.rng.IntN(3)*50)<<16 | uint32(p.header-p.l4)<<8
+	}
+	le.PutUint32(c[0:], lengths|uint32(vlans[1+g.rng.IntN(2)])<<16)
+	le.PutUint32(c[8:], kind)
+	le.PutUint32(c[12:], mss|uint32(slot)<<4)
+	return &c
+}

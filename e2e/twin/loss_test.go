@@ -1,0 +1,101 @@
+package twin
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+
+	"compsc.io/compsc/agent/compsc"
+	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/ixgbevf"
+)
+
+// enough is how many seeds may pass before a loss must have been noticed.
+const enough = 400
+
+// registerLoss leaves registers at zero.
+func registerLoss(name string, offsets ...uint32) Loss {
+	return Loss{Name: name, State: func(s *compsc.State) {
+		for i := range s.Registers {
+			if slices.Contains(offsets, s.Registers[i].Offset) {
+				s.Registers[i].Value = 0
+			}
+		}
+	}}
+}
+
+func queueLoss(name string, d family.Direction, change func(*compsc.QueueState)) Loss {
+	return Loss{Name: d.String() + " " + name, State: func(s *compsc.State) {
+		for i := range s.Queues {
+			if s.Queues[i].Direction == d {
+				change(&s.Queues[i])
+			}
+		}
+	}}
+}
+
+// losses lists every class of state, and every register on its own.
+func losses() []Loss {
+	list := []Loss{
+		{Name: "causes", State: func(s *compsc.State) { s.Causes = 0 }},
+		{Name: "mailbox memory", State: func(s *compsc.State) { clear(s.Mailbox.Memory) }},
+		{Name: "mailbox read-clear bits", State: func(s *compsc.State) { s.Mailbox.ReadClear = 0 }},
+		{Name: "mailbox held", State: func(s *compsc.State) { s.Mailbox.Held = false }},
+	}
+	for _, d := range []family.Direction{family.RX, family.TX} {
+		list = append(list,
+			queueLoss("head", d, func(q *compsc.QueueState) { q.Head = 0 }),
+			queueLoss("tail", d, func(q *compsc.QueueState) { q.Tail = q.Head }),
+			queueLoss("enable", d, func(q *compsc.QueueState) { q.Enabled = false }))
+	}
+	list = append(list, queueLoss("contexts", family.TX, func(q *compsc.QueueState) { q.Contexts = nil }))
+	f := ixgbevf.New(0)
+	for i, c := range f.Counters() {
+		list = append(list, Loss{Name: "counter " + c.Name, State: func(s *compsc.State) { s.Counters[i].Value = 0 }})
+	}
+	for _, message := range []string{"API_NEGOTIATE", "SET_LPE", "SET_MAC_ADDR", "SET_MACVLAN", "SET_VLAN", "SET_MULTICAST", "UPDATE_XCAST_MODE"} {
+		list = append(list, Loss{Name: "mailbox " + message, Message: message})
+	}
+	tails := map[uint32]bool{}
+	for _, q := range f.Queues() {
+		tails[q.Tail] = true
+	}
+	for _, r := range f.Registers() {
+		if r.Class == family.Copy && !tails[r.Offset] {
+			list = append(list, registerLoss(r.Name, r.Offset))
+		}
+	}
+	return list
+}
+
+// TestEveryLossIsNoticed leaves out of every move one class of state after the
+// other: the twins must be told apart then.
+func TestEveryLossIsNoticed(t *testing.T) {
+	for _, loss := range losses() {
+		t.Run(loss.Name, func(t *testing.T) {
+			t.Parallel()
+			seed, err := noticed(t, loss)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("noticed with seed %d", seed)
+		})
+	}
+}
+
+// noticed returns the first seed that tells the twins apart.
+func noticed(t *testing.T, loss Loss) (uint64, error) {
+	for seed := uint64(1); seed <= enough; seed++ {
+		_, err := Run(t.Context(), Options{Seed: seed, Lose: &loss})
+		var d *DifferenceError
+		switch {
+		case errors.As(err, &d):
+			t.Log(d.What)
+			return seed, nil
+		case err != nil:
+			return 0, err
+		}
+	}
+	return 0, fmt.Errorf("%d seeds run as if nothing were lost", enough)
+}

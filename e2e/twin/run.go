@@ -1,0 +1,118 @@
+package twin
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+
+	"compsc.io/compsc/agent/family/ixgbevf"
+)
+
+// Options of a run.
+type Options struct {
+	// Seed decides everything.
+	Seed uint64
+	// Operations is the length of the guest's program. Default 120.
+	Operations int
+	// Lose is what every move leaves out; nil for nothing.
+	Lose *Loss
+}
+
+// Report counts what a run did.
+type Report struct {
+	// Moves that were made, Vetoes after which the guest went on at the
+	// source, and Refusals, for which there was a reason.
+	Moves, Vetoes, Refusals int
+	// Advanced and Relayed are moves whose heads took other ways than being
+	// written.
+	Advanced, Relayed int
+	// LargestState is the size of the largest encoded state, in bytes.
+	LargestState int
+}
+
+// Add adds what another run did.
+func (r *Report) Add(o Report) {
+	r.Moves += o.Moves
+	r.Vetoes += o.Vetoes
+	r.Advanced += o.Advanced
+	r.Relayed += o.Relayed
+	r.Refusals += o.Refusals
+	r.LargestState = max(r.LargestState, o.LargestState)
+}
+
+// A DifferenceError tells what told the twins apart.
+type DifferenceError struct {
+	Seed uint64
+	// What differed, and the last of what was done before.
+	What, Log string
+}
+
+// Error tells what differed and how to have it again.
+func (e *DifferenceError) Error() string {
+	return fmt.Sprintf("seed %d: %s\n(again: make twin SEED=%d)", e.Seed, e.What, e.Seed)
+}
+
+// describe tells how the VF stands, for a person who looks for the cause.
+func (t *twin) describe() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "  %s: %+v\n  rings as the guest sees them and as the device has them:\n", t.vf.name, t.vf.Stats())
+	for _, q := range ixgbevf.New(t.vf.cfg.QueuePairs).Queues() {
+		fmt.Fprintf(&b, "    %s %d:", q.Direction, q.Index)
+		for _, off := range []uint32{q.Ctl, q.LEN, q.Head, q.Tail} {
+			fmt.Fprintf(&b, " %#x/%#x", t.engine.GuestRead(off), t.vf.Read(off))
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// tailLength is how much of the log a DifferenceError has.
+const tailLength = 120
+
+// Run runs the guest of a seed on its twins. The error is a *DifferenceError
+// when they could be told apart. It may be called concurrently.
+func Run(ctx context.Context, o Options) (report Report, err error) {
+	if o.Operations <= 0 {
+		o.Operations = 120
+	}
+	r := rand.New(rand.NewPCG(o.Seed, 0x82599))
+	f := newFleet(r)
+	m := &mover{ctx: ctx, rng: rand.New(rand.NewPCG(o.Seed, 0x10ed)), fleet: f, lose: o.Lose}
+	defer func() {
+		for _, s := range m.all {
+			s.Close()
+		}
+	}()
+	var g *guest
+	defer func() {
+		thrown := recover()
+		if thrown == nil {
+			return
+		}
+		failed, ok := thrown.(failure)
+		if !ok {
+			panic(thrown)
+		}
+		d := &DifferenceError{Seed: o.Seed, What: failed.text}
+		if g != nil {
+			d.Log = g.log.tail(tailLength)
+			for _, t := range g.twins {
+				d.Log += t.describe()
+			}
+		}
+		report, err = m.report, d
+	}()
+	a, b := m.newTwin(), m.newTwin()
+	g = newGuest(r, f, a, b)
+	m.guest = g
+	g.before, g.during = m.maybe, m.maybeInFlight
+	for range o.Operations {
+		if err := ctx.Err(); err != nil {
+			return m.report, err
+		}
+		g.operate()
+		g.compare()
+	}
+	return m.report, nil
+}
