@@ -40,6 +40,14 @@ race: ## Run the same tests with the race detector.
 	@. hack/lib.sh && need_packages gcc libc6-dev
 	@CGO_ENABLED=1 hack/test unit -race $(TESTFLAGS)
 
+# Of `make twin`: how many seeds it runs, or the one seed that it runs.
+SEEDS ?= 2000
+SEED ?=
+
+.PHONY: twin
+twin: ## Compare random guests that move with their twins that stay; SEEDS=n for n of them, SEED=n for one.
+	@go test -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
+
 .PHONY: apiserver
 apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.
 	@hack/test apiserver $(TESTFLAGS)
@@ -47,6 +55,10 @@ apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.
 .PHONY: qemu
 qemu: artifacts compsc-demo ## Run the tests that move virtual machines (as root).
 	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test qemu $(TESTFLAGS)
+
+.PHONY: e2e-drivers
+e2e-drivers: qemu-tree guest ipxe kube kubevirt-crds ## Move guests with unmodified drivers that use all they can (as root).
+	@hack/test drivers $(TESTFLAGS)
 
 .PHONY: test
 test: ## Run all tests: unit, apiserver, qemu.
@@ -64,6 +76,10 @@ qemu-tree:
 .PHONY: guest
 guest:
 	@hack/guest
+
+.PHONY: ipxe
+ipxe:
+	@hack/ipxe
 
 .PHONY: kube
 kube:
