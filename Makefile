@@ -46,7 +46,7 @@ SEED ?=
 
 .PHONY: twin
 twin: ## Compare random guests that move with their twins that stay; SEEDS=n for n of them, SEED=n for one.
-	@go test -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
+	@go test -tags=twin -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
 
 .PHONY: apiserver
 apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.

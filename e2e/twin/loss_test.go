@@ -1,3 +1,5 @@
+//go:build twin
+
 package twin
 
 import (
