@@ -44,14 +44,14 @@ need_packages() {
         apt-get install -qy --no-install-recommends "${missing[@]}"
 }
 
-# debian_mirror: prints the Debian archive this machine is configured to use,
-# or Debian's own if it has none.
+# debian_mirror: prints the Debian archive this machine is configured to use.
 debian_mirror() {
     local uri
     # shellcheck disable=SC2016 # $(...) is apt's own syntax here
     uri="$(apt-get indextargets --format '$(COMPONENT) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
         awk '$1 == "main" && $2 ~ /\/debian\/?$/ { print $2; exit }')" || uri=
-    echo "${uri:-http://deb.debian.org/debian/}"
+    [[ -n "$uri" ]] || die "apt has no Debian archive configured: add one to its sources and run apt-get update"
+    echo "$uri"
 }
 
 # key INPUT...: prints a hash of strings and (for arguments that name files)
