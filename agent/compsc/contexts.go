@@ -195,5 +195,6 @@ func (v *VF) guestTurnOn(r *ring, ctl uint32) bool {
 	v.follow(r, head)
 	v.handOver(r, tail)
 	v.ringTail(r, tail)
+	v.raise()
 	return true
 }

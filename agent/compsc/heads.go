@@ -98,6 +98,10 @@ func (v *VF) advance(ctx context.Context, r *ring, head uint32, slots [][]byte) 
 	return v.walkFrames(ctx, r, head, v.log.Summary().MAC)
 }
 
+// loadRing is the length in descriptors of the ring that contexts are loaded
+// with: the shortest there is.
+const loadRing = 8
+
 // loadContexts fills the context slots of a transmit queue that is off with
 // what they held. It leaves the head elsewhere.
 func (v *VF) loadContexts(ctx context.Context, r *ring, slots [][]byte) error {
@@ -110,12 +114,11 @@ func (v *VF) loadContexts(ctx context.Context, r *ring, slots [][]byte) error {
 	if n == 0 {
 		return nil
 	}
-	return v.walkContexts(ctx, r, slots, func(_, size uint32) (uint32, error) {
-		if n >= size {
-			return 0, fmt.Errorf("a ring of %d descriptors is too short", size)
-		}
-		return n, nil
-	}, nil)
+	// The guest may have no ring there now; the slots outlive the last one.
+	length := v.b.Read(r.LEN)
+	v.b.Write(r.LEN, loadRing*r.DescriptorSize)
+	defer v.b.Write(r.LEN, length)
+	return v.walkContexts(ctx, r, slots, func(_, size uint32) (uint32, error) { return n % size, nil }, nil)
 }
 
 // walkContexts has a transmit queue consume context descriptors from scratch
@@ -163,7 +166,9 @@ func (v *VF) walk(ctx context.Context, r *ring, to uint32, feed func(left uint32
 	})
 }
 
-// walkFrames has a receive queue consume frames that the PF loops to mac.
+// walkFrames has a receive queue consume frames that the PF loops to mac. All
+// other queues must be off: some of the frames are meant for them. The guest
+// sees nothing of the frames, in its counters as elsewhere.
 func (v *VF) walkFrames(ctx context.Context, r *ring, head uint32, mac []byte) error {
 	looper, ok := v.b.(Looper)
 	if !ok {
@@ -172,6 +177,22 @@ func (v *VF) walkFrames(ctx context.Context, r *ring, head uint32, mac []byte) e
 	if len(mac) != 6 {
 		return errors.New("the VF has no address to loop frames to")
 	}
+	for _, q := range v.queues {
+		if q.Ctl != r.Ctl && v.b.Read(q.Ctl)&q.Enable != 0 {
+			return fmt.Errorf("frames cannot be looped to the VF while its %s is on", queueName(q))
+		}
+	}
+	counted := make([]uint64, len(v.counters))
+	for i, c := range v.counters {
+		counted[i] = v.value(c)
+	}
+	v.causes |= v.b.Read(v.irq.Cause) & v.irq.All
+	defer func() {
+		v.b.Read(v.irq.Cause)
+		for i, c := range v.counters {
+			v.rebase(c, counted[i])
+		}
+	}()
 	flow := uint32(0)
 	return v.onScratch(ctx, r, func(_ uint32, spare uint64) []byte { return v.f.Descriptors().Buffer(spare) }, &head,
 		func(from, size uint32) error {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -85,6 +86,27 @@ func TestContextsOutliveTheQueue(t *testing.T) {
 	want := [][]byte{contextDescriptor(0, 6), contextDescriptor(1, 5)}
 	if diff := cmp.Diff(want, capture(t, v).Queues[2].Contexts); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// The slots of a queue that is off, its ring gone, move as well: they are
+// there when it is turned on.
+func TestContextsOfQueueThatIsOffMove(t *testing.T) {
+	source, target := newFake(), usedTarget()
+	v, w := newMemoryVF(source), newMemoryVF(target)
+	_ = source.mem.WriteAt(txBase+16*3, contextDescriptor(1, 5))
+	boot(t, v, source)
+	v.GuestWrite(ixgbevf.VFTXDCTL(0), 0)
+	v.GuestWrite(ixgbevf.VFTDLEN(0), 0)
+	if _, err := w.Restore(context.Background(), capture(t, v)); err != nil {
+		t.Fatal(err)
+	}
+	if got := target.contexts[0x2000][1]; got != string(contextDescriptor(1, 5)) {
+		t.Errorf("the device has context %x", got)
+	}
+	if target.regs[ixgbevf.VFTDLEN(0)] != 0 || target.regs[ixgbevf.VFTXDCTL(0)]&ixgbevf.QueueEnable != 0 || target.regs[ixgbevf.VFTDH(0)] != 20 {
+		t.Errorf("length %d, control %#x, head %d, want it off as it was",
+			target.regs[ixgbevf.VFTDLEN(0)], target.regs[ixgbevf.VFTXDCTL(0)], target.regs[ixgbevf.VFTDH(0)])
 	}
 }
 
@@ -201,6 +223,58 @@ func TestDummyAdvance(t *testing.T) {
 	}
 	if cause := target.regs[ixgbevf.VTEICR]; cause != source.regs[ixgbevf.VTEICR] {
 		t.Errorf("causes %#x", cause)
+	}
+}
+
+// Frames that are looped to bring one ring's head back after a veto reach no
+// other ring of the guest, and no counter.
+func TestVetoLoopsNoFrameToTheGuest(t *testing.T) {
+	d := newFake()
+	v := newMemoryVF(d)
+	boot(t, v, d)
+	d.regs[ixgbevf.VFRDH(1)] = 20 // frames came there too
+	d.zeroHeads, d.headsLostOff = true, true
+	v.b = loopingVF{d}
+	v.o.RelayPoll = time.Hour
+	before := guestView(v)
+	if err := v.Quiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	v.heads[ixgbevf.VFRDH(1)] = 20
+	if err := v.Unquiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, guestView(v)); diff != "" {
+		t.Errorf("the guest sees another VF (-before +after):\n%s", diff)
+	}
+}
+
+func TestNoFrameIsLoopedPastAQueueThatRuns(t *testing.T) {
+	d := newFake()
+	v := newMemoryVF(d)
+	boot(t, v, d)
+	v.b = loopingVF{d}
+	v.GuestWrite(ixgbevf.VFRXDCTL(1), 0)
+	at := d.regs[ixgbevf.VFRDH(0)]
+	err := v.walkFrames(context.Background(), v.rings[ixgbevf.VFRXDCTL(1)], 5, broadcast)
+	if err == nil || !strings.Contains(err.Error(), "is on") || d.regs[ixgbevf.VFRDH(0)] != at {
+		t.Errorf("error %v, the other ring went from %d to %d", err, at, d.regs[ixgbevf.VFRDH(0)])
+	}
+}
+
+// A doorbell of a queue that is off, on its way when the VF was quiesced.
+func TestLateDoorbellOfQueueThatIsOff(t *testing.T) {
+	d := newFake()
+	v := newMemoryVF(d)
+	boot(t, v, d)
+	v.GuestWrite(ixgbevf.VFRXDCTL(1), 0)
+	capture(t, v)
+	v.GuestWrite(ixgbevf.VFRDT(1), 9)
+	if err := v.Unquiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.regs[ixgbevf.VFRDT(1)]; got != 9 {
+		t.Errorf("the tail is %d, want 9", got)
 	}
 }
 

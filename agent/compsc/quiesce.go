@@ -125,11 +125,22 @@ func (v *VF) Unquiesce(ctx context.Context) error {
 }
 
 // resume puts back what is in held, and goes on after a failure: a queue that
-// runs is better than none.
+// runs is better than none. Heads come first, for they may take looped frames,
+// which none of the guest's rings may get.
 func (v *VF) resume(ctx context.Context) error {
 	var errs []error
+	failed := make(map[uint32]bool)
+	for _, q := range v.queues {
+		if head, stopped := v.heads[q.Head]; stopped && v.held[q.Ctl]&q.Enable != 0 {
+			r := v.rings[q.Ctl]
+			v.follow(r, head)
+			_, err := v.bringHead(ctx, r, head, v.contexts(r, head))
+			failed[q.Ctl] = err != nil
+			errs = append(errs, err)
+		}
+	}
 	for _, q := range v.startOrder() {
-		if ctl, ok := v.held[q.Ctl]; ok {
+		if ctl, ok := v.held[q.Ctl]; ok && !failed[q.Ctl] {
 			errs = append(errs, v.resumeQueue(ctx, q, ctl))
 		}
 	}
@@ -152,17 +163,13 @@ func (v *VF) resumeQueue(ctx context.Context, q family.Queue, ctl uint32) error 
 			v.b.Write(q.Ctl, ctl)
 		}
 	default:
-		v.follow(r, head)
-		if _, err := v.bringHead(ctx, r, head, v.contexts(r, head)); err != nil {
-			return err
-		}
 		if err := v.turnOn(ctx, q, ctl, head, v.held[q.Tail]); err != nil {
 			return err
 		}
 	}
 	tail := v.held[q.Tail]
 	v.handOver(r, tail)
-	if v.current(q.Tail) != tail || stopped && ctl&q.Enable != 0 {
+	if r.relay != nil || stopped && ctl&q.Enable != 0 || v.b.Read(q.Tail) != tail {
 		v.ringTail(r, tail)
 	}
 	return nil

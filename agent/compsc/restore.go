@@ -108,22 +108,27 @@ func (r *restoration) registers(context.Context) error {
 	return nil
 }
 
-// contexts fills the context slots of the transmit queues that run. A VF that
-// cannot is one whose PF lets it send nothing, or that has no scratch memory:
-// it still serves drivers that fill the slots for each packet anew.
+// contexts fills the context slots of the transmit queues, also of those that
+// are off: the slots outlive that. A VF that cannot is one whose PF lets it
+// send nothing, or that has no scratch memory: it still serves drivers that
+// fill the slots for each packet anew.
 func (r *restoration) contexts(ctx context.Context) error {
-	for i, q := range r.v.queues {
-		ring := r.v.rings[q.Ctl]
+	v := r.v
+	for i, q := range v.queues {
+		ring := v.rings[q.Ctl]
 		ring.slots = r.s.Queues[i].Contexts
-		if !r.s.Queues[i].Enabled {
+		if len(ring.slots) == 0 {
 			continue
 		}
-		err := r.v.loadContexts(ctx, ring, ring.slots)
+		err := errors.New("the guest has not asked the PF to let it send")
+		if r.report.ReplayedOperations > 0 {
+			err = v.loadContexts(ctx, ring, ring.slots)
+		}
 		if errors.Is(err, ErrGone) || ctx.Err() != nil {
 			return err
 		}
 		if err != nil {
-			r.v.o.Logger.Warn("the contexts of a transmit queue are not restored; a driver that relies on them sends damaged packets",
+			v.o.Logger.Warn("the contexts of a transmit queue are not restored; a driver that relies on them sends damaged packets",
 				"queue", q.Index, "error", err)
 		}
 	}
@@ -131,7 +136,8 @@ func (r *restoration) contexts(ctx context.Context) error {
 }
 
 // heads puts every head where it was. That of a queue which is off matters
-// only once it is turned on; until then the guest is shown it. Looped frames raise causes, which are nobody's.
+// only once it is turned on; until then the guest is shown it. Causes that
+// came up so far are those of the replay, which the guest did not send.
 func (r *restoration) heads(ctx context.Context) error {
 	for i, q := range r.v.queues {
 		state := r.s.Queues[i]
