@@ -137,6 +137,17 @@ func (g *guest) buffer(data []byte) uint64 {
 	return at
 }
 
+// forgetContexts drops what the driver has put into the slots of a queue that
+// it turns off. The slots may keep it, but no driver counts on that: DPDK's
+// empties its cache with the queue, and Linux's has none.
+func (g *guest) forgetContexts(off, value uint32) {
+	for q := range g.tx {
+		if off == ixgbevf.VFCTRL || off == ixgbevf.VFTXDCTL(q) && value&ixgbevf.QueueEnable == 0 {
+			g.tx[q].slots = [2]*offload{}
+		}
+	}
+}
+
 func (g *guest) sendLegacy(q int, p *packet) {
 	pieces := g.pieces(p.data)
 	if !g.room(q, len(pieces)) {

@@ -100,6 +100,7 @@ func (g *guest) step() {
 func (g *guest) write(off, value uint32) {
 	g.step()
 	g.log.add("write %s = %#x", g.name(off), value)
+	g.forgetContexts(off, value)
 	request := off == ixgbevf.VFMAILBOX && value&ixgbevf.MailboxREQ != 0
 	var asked []pending
 	for _, t := range g.twins {
@@ -147,17 +148,17 @@ func (p pending) await(t *twin) {
 // read reads a register; the twins must agree.
 func (g *guest) read(off uint32) uint32 {
 	g.step()
-	return g.look(off)
-}
-
-// look is read without a chance to move before.
-func (g *guest) look(off uint32) uint32 {
 	if g.relayed() {
 		g.catchUp()
 		if off == ixgbevf.VTEICR || off == ixgbevf.VTEIMS {
 			g.handleInterrupts(ixgbevf.VectorMask)
 		}
 	}
+	return g.agree(off)
+}
+
+// agree reads a register of all twins.
+func (g *guest) agree(off uint32) uint32 {
 	value := g.twins[0].engine.GuestRead(off)
 	g.log.add("read %s: %#x", g.name(off), value)
 	for _, t := range g.twins[1:] {
@@ -285,6 +286,7 @@ func free(read func(uint32) uint32, q int) uint32 {
 func (g *guest) functionReset() {
 	g.step()
 	g.log.add("function level reset")
+	g.forgetContexts(ixgbevf.VFCTRL, 0)
 	for _, t := range g.twins {
 		t.engine.FunctionReset(t.vf.FLR)
 	}

@@ -34,9 +34,8 @@ func engineFor(s *silicon, f family.Family) *compsc.VF {
 	e := compsc.New(f, s.backend(), compsc.Options{
 		VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID,
 		Clock: spinClock{}, Logger: slog.New(slog.DiscardHandler),
-		// What cannot be sent now is left to the target; the rings were
-		// settled before.
-		DrainTimeout: time.Millisecond,
+		// The model needs far less, but has to get the processor.
+		DrainTimeout: 50 * time.Millisecond,
 		// Nothing here takes long; these are for a machine that is busy. Where
 		// a head cannot be advanced, only the first one tells.
 		QueueTimeout: 300 * time.Millisecond, MailboxTimeout: settleLimit, ResetTimeout: settleLimit,
@@ -241,9 +240,6 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	home.frames = b.host.takeFrames()
 	target.socket.plug(home)
 	next := &twin{engine: engine, vf: target, host: home, seen: target.Stats().Interrupts}
-	for n, had := range b.interrupts() {
-		next.seen[n] -= had // not accounted for yet
-	}
 	how, err := engine.Restore(m.ctx, state)
 	if err != nil {
 		m.refused(err, target, true)
@@ -256,6 +252,9 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	}
 	if strings.Contains(how.HeadsStrategy, compsc.HeadsDummyAdvance) {
 		m.report.Advanced++
+	}
+	for n, had := range b.interrupts() {
+		next.seen[n] -= had // not accounted for yet
 	}
 	old := *b
 	*b = *next
@@ -296,15 +295,17 @@ func (m *mover) undo(b *twin, causes uint32) (bool, uint32) {
 // twin that moves gets them when it is quiesced.
 func (m *mover) late() {
 	g, r := m.guest, m.rng
-	g.look(ixgbevf.VTEIMS)
 	for q := range g.rx {
-		g.look(ixgbevf.VFRXDCTL(q))
-		g.look(ixgbevf.VFTDT(q))
-		g.look(ixgbevf.VFTDH(q))
-		g.look(ixgbevf.VFRDH(q))
+		for _, off := range []uint32{ixgbevf.VFRXDCTL(q), ixgbevf.VFRDH(q), ixgbevf.VFRDT(q), ixgbevf.VFTDT(q), ixgbevf.VFTDH(q)} {
+			g.agree(off)
+		}
 	}
-	if m.inFlight || !chance(r, 1, 3) {
-		return // an interrupt may come before the write on one twin and after it on the other
+	if m.inFlight {
+		return // an interrupt may come before an access on one twin and after it on the other
+	}
+	g.agree(ixgbevf.VTEIMS)
+	if !chance(r, 1, 3) {
+		return
 	}
 	off := pick[uint32](r, ixgbevf.VTEIMS, ixgbevf.VTEIMC, ixgbevf.VTEICS, ixgbevf.VTEITR(1), ixgbevf.VTIVARMisc)
 	value := uint32(r.IntN(ixgbevf.VectorMask + 1))
