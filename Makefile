@@ -46,7 +46,7 @@ SEED ?=
 
 .PHONY: twin
 twin: ## Compare random guests that move with their twins that stay; SEEDS=n for n of them, SEED=n for one.
-	@go test -tags=twin -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
+	@go test -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
 
 .PHONY: apiserver
 apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.
@@ -60,9 +60,19 @@ qemu: artifacts compsc-demo ## Run the tests that move virtual machines (as root
 e2e-drivers: qemu-tree guest ipxe kube kubevirt-crds ## Move guests with unmodified drivers that use all they can (as root).
 	@hack/test drivers $(TESTFLAGS)
 
+# Of `make fuzz`: how long each target runs, and those whose input comes over
+# the vfio-user socket.
+FUZZTIME ?= 10s
+FUZZTIME_VFIOUSER ?= 60s
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for FUZZTIME_VFIOUSER.
+	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz
+
 .PHONY: test
-test: ## Run all tests: unit, apiserver, qemu.
+test: ## Run all tests: unit, fuzz, apiserver, qemu.
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory fuzz
 	@$(MAKE) --no-print-directory apiserver
 	@$(MAKE) --no-print-directory qemu
 
