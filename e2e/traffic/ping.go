@@ -21,9 +21,10 @@ import (
 const (
 	// PingInterval is the time between two echo requests.
 	PingInterval = 10 * time.Millisecond
-	// pingTimeout is how late a reply may be and still count. A VM that
-	// stands still answers late, when nothing was lost.
-	pingTimeout = time.Second
+	// pingTimeout is how long to wait for the answer that tells which earlier
+	// requests were lost. It is no measure of lateness: a VM that stands still,
+	// or gets no processor, answers late when nothing was lost.
+	pingTimeout = 10 * time.Second
 	// pingPayload holds the sequence number, which is longer than ICMP's.
 	pingPayload = 56
 )
@@ -40,7 +41,10 @@ type Pinger struct {
 	mu   sync.Mutex
 	sent []time.Time     // by sequence number
 	rtt  []time.Duration // 0: no reply yet
-	last time.Time       // of a reply
+	// answered is one more than the highest number of a request that was
+	// answered. Requests and answers keep their order, so that what is below it
+	// and has no answer is lost.
+	answered int
 }
 
 // Ping starts a pinger in the hub.
@@ -119,10 +123,8 @@ func (p *Pinger) reply(seq uint64, at time.Time) {
 	if seq >= uint64(len(p.sent)) || p.rtt[seq] != 0 {
 		return
 	}
-	if d := at.Sub(p.sent[seq]); d <= pingTimeout {
-		p.rtt[seq] = d
-	}
-	p.last = at
+	p.rtt[seq] = max(at.Sub(p.sent[seq]), 1)
+	p.answered = max(p.answered, int(seq)+1)
 }
 
 // Mark is a place in the pinger's sequence: the number of the next request.
@@ -142,8 +144,9 @@ type PingReport struct {
 	WorstRTT time.Duration
 }
 
-// Report waits until each request from the mark on up to now is answered or
-// lost, and counts them.
+// Report waits until it is known of each request from the mark on up to now
+// whether it is answered or lost, and counts them: when a later one is answered,
+// or none has been for 10 s.
 func (p *Pinger) Report(ctx context.Context, from int) (PingReport, error) {
 	to := p.Mark()
 	deadline := time.NewTimer(pingTimeout)
@@ -151,24 +154,27 @@ func (p *Pinger) Report(ctx context.Context, from int) (PingReport, error) {
 	t := time.NewTicker(PingInterval)
 	defer t.Stop()
 	for {
-		r := p.count(from, to)
-		if r.Lost == 0 {
+		if r, known := p.count(from, to); known {
 			return r, nil
 		}
 		select {
 		case <-deadline.C:
-			return p.count(from, to), nil
+			r, _ := p.count(from, to)
+			return r, nil
 		case <-t.C:
 		case <-ctx.Done():
+			r, _ := p.count(from, to)
 			return r, ctx.Err()
 		}
 	}
 }
 
-func (p *Pinger) count(from, to int) PingReport {
+// count also tells whether the count is final: none is without an answer, or
+// what is, is lost.
+func (p *Pinger) count(from, to int) (r PingReport, known bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r := PingReport{Sent: to - from}
+	r.Sent = to - from
 	for i := from; i < to; i++ {
 		if p.rtt[i] == 0 {
 			r.Lost++
@@ -176,7 +182,7 @@ func (p *Pinger) count(from, to int) PingReport {
 		}
 		r.WorstRTT = max(r.WorstRTT, p.rtt[i])
 	}
-	return r
+	return r, r.Lost == 0 || p.answered >= to
 }
 
 // Await waits until n replies have come to requests sent from now on: the
@@ -186,7 +192,7 @@ func (p *Pinger) Await(ctx context.Context, n int) error {
 	t := time.NewTicker(PingInterval)
 	defer t.Stop()
 	for {
-		if r := p.count(from, p.Mark()); r.Sent-r.Lost >= n {
+		if r, _ := p.count(from, p.Mark()); r.Sent-r.Lost >= n {
 			return nil
 		}
 		select {

@@ -49,18 +49,16 @@ func (g *guest) start() error {
 	if err := loadModules("/modules"); err != nil {
 		return err
 	}
-	if err := configureNetwork(g.config); err != nil {
-		return err
-	}
-	if err := g.listenMulticast(); err != nil {
-		return err
-	}
+	// Before the network: whoever reaches the address finds the port open.
 	listener, err := net.Listen("tcp", fmt.Sprintf(":%d", stream.Port))
 	if err != nil {
 		return err
 	}
 	go g.serveStreams(listener)
-	return nil
+	if err := configureNetwork(g.config); err != nil {
+		return err
+	}
+	return g.listenMulticast()
 }
 
 func (g *guest) setBroken(err error) {
