@@ -112,6 +112,16 @@ compsc-demo:
 image: ## Build the container image with docker.
 	docker build --build-arg VERSION=$(VERSION) -t compsc:$(VERSION) .
 
+# Of `make image-archive`: the image's name and its architecture.
+IMAGE ?= localhost/compsc:$(VERSION)
+ARCH ?= $(shell go env GOARCH)
+
+.PHONY: image-archive
+image-archive: ## Build the same image without docker: out/compsc-image.tar; ARCH=arm64 for another architecture.
+	GOOS=linux GOARCH=$(ARCH) $(GOBUILD) -o out/image/$(ARCH)/compsc .
+	@IMAGE=$(IMAGE) ARCH=$(ARCH) VERSION=$(VERSION) BINARY=out/image/$(ARCH)/compsc \
+		go run ./hack/image hack/image/compsc.yaml out/compsc-image.tar
+
 .PHONY: clean
 clean: ## Remove what was built in the tree; the cache stays.
 	rm -rf bin out
