@@ -146,6 +146,8 @@ type VF struct {
 	heads map[uint32]uint32
 	// causes are interrupt causes taken from the device but not raised again.
 	causes uint32
+	// written is nil unless what the device writes is tracked.
+	written *written
 	// watching tells that the goroutine that looks after relays is there.
 	watching bool
 	// fixed has the directions whose heads Probe found not to be writable.

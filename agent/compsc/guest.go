@@ -50,8 +50,11 @@ func (v *VF) GuestWrite(off, val uint32) {
 		v.guestMailboxWrite(val)
 	case v.held != nil && v.writeHeld(off, val):
 	default:
-		if r := v.rings[off]; r != nil && v.guestQueueWrite(r, off, val) {
-			return
+		if r := v.rings[off]; r != nil {
+			v.trackQueueWrite(r, off, val)
+			if v.guestQueueWrite(r, off, val) {
+				return
+			}
 		}
 		v.b.Write(off, val)
 	}
@@ -71,6 +74,7 @@ func (v *VF) FunctionReset(do func()) {
 // of an 82599 survive a reset of the VF; those of a device that clears them
 // are rebased, so that the guest never sees one jump.
 func (v *VF) afterReset(reset func()) {
+	v.trackReset()
 	before := make([]uint64, len(v.counters))
 	for i, c := range v.counters {
 		before[i] = v.sample(c)

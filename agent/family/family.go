@@ -172,6 +172,16 @@ type Descriptors interface {
 	// Packet tells whether a transmit descriptor is part of a packet; a
 	// context descriptor is not.
 	Packet(descriptor []byte) bool
+	// Buffers tells what memory the device may write for a receive descriptor
+	// as its driver hands it over, besides the descriptor itself. A span of
+	// size 0 stands for none.
+	Buffers(format uint32, descriptor []byte) (packet, header Span)
+}
+
+// Span is a range of memory as the device addresses it.
+type Span struct {
+	Addr uint64
+	Size uint32 // bytes
 }
 
 // Counter is one statistics counter that the guest can read but not write.

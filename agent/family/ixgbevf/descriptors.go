@@ -89,6 +89,30 @@ func (f descriptors) Packet(b []byte) bool {
 	return !context
 }
 
+// Sizes in VFSRRCTL: of a packet's buffer in KiB, of a header's in 64 bytes.
+const (
+	srrctlPacket      = 0x7f
+	srrctlHeader      = 0x3f
+	srrctlHeaderShift = 8
+	// What a packet's buffer has when none is given (the reset value).
+	defaultBuffer = 2
+)
+
+// Buffers reads the addresses of advanced descriptors with and without header
+// buffers; legacy ones have one buffer too.
+func (descriptors) Buffers(format uint32, d []byte) (packet, header family.Span) {
+	packet = family.Span{Addr: binary.LittleEndian.Uint64(d), Size: format & srrctlPacket << 10}
+	if packet.Size == 0 {
+		packet.Size = defaultBuffer << 10
+	}
+	// DESCTYPE 0 and 1 have one buffer; in all others the second quadword is
+	// the header's, its lowest bit being DD.
+	if format&srrctlType > 1<<25 {
+		header = family.Span{Addr: binary.LittleEndian.Uint64(d[8:]) &^ 1, Size: format >> srrctlHeaderShift & srrctlHeader << 6}
+	}
+	return packet, header
+}
+
 func status(d family.Direction, format uint32, b []byte) uint32 {
 	if d == family.TX || format&srrctlType == 0 {
 		return dword(b, 3)
