@@ -193,6 +193,10 @@ type Counter struct {
 	High uint32
 	// Width in bits; the counter wraps there.
 	Width uint
+	// ReadClears tells that a read clears the counter: what a reader finds is
+	// what came up since the last read, up to the largest value. Such a counter
+	// has no high half.
+	ReadClears bool
 }
 
 // Interrupts gives the offsets of the interrupt registers.
@@ -200,6 +204,11 @@ type Interrupts struct {
 	// Cause, CauseSet, MaskSet, MaskClear, AutoClear and AutoMask are the
 	// EICR, EICS, EIMS, EIMC, EIAC and EIAM of the VF.
 	Cause, CauseSet, MaskSet, MaskClear, AutoClear, AutoMask uint32
+	// MaskUnreadable tells that a read of MaskSet does not tell for certain
+	// which vectors are enabled. What was written is taken for it then, which
+	// has vectors too that the device has masked by itself since: the guest
+	// may get a spurious interrupt, which is harmless.
+	MaskUnreadable bool
 	// All is the mask of every vector.
 	All uint32
 	// Vectors is the size of the MSI-X table.
@@ -220,6 +229,10 @@ type Mailbox struct {
 	Control uint32
 	// Req, Ack, VFU, PFU, PFSts, PFAck, RstI and RstD are its bits.
 	Req, Ack, VFU, PFU, PFSts, PFAck, RstI, RstD uint32
+	// ResetShows tells that the end of a reset of the VF shows in RstI or RstD.
+	// Without it a reset of the VF takes no time, and these bits tell of one
+	// of the PF: the VF must wait while either is set.
+	ResetShows bool
 	// ReadClear is the mask of bits that a read clears.
 	ReadClear uint32
 	// IDMask selects the message id in word 0. A reply has the request's id
@@ -282,6 +295,9 @@ type Log interface {
 	// Replay lists the messages that bring a freshly reset VF's PF to the
 	// recorded state, in the order the PF demands.
 	Replay() []Message
+	// Release lists the messages that take back what a reset of the VF leaves
+	// of the guest in the PF, to be sent once the VF was reset; nil for none.
+	Release() []Message
 	// Summary tells what the target's verdict needs.
 	Summary() Summary
 	// Marshal encodes the record.

@@ -1,6 +1,7 @@
-// Genregs writes the reference page of the registers of the ixgbevf family to
-// the file named by its argument. The page comes from the same table as the
-// capture, the restore and the model's masks, and so cannot differ from them.
+// Genregs writes the reference pages of the registers of the families of VFs,
+// one for each, to the directory named by its argument. A page comes from the
+// same table as the capture, the restore and the model's masks, and so cannot
+// differ from them.
 package main
 
 import (
@@ -13,6 +14,7 @@ import (
 	"strings"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
 
@@ -25,18 +27,80 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 1 {
-		return fmt.Errorf("usage: genregs FILE")
+		return fmt.Errorf("usage: genregs DIRECTORY")
 	}
-	rows, err := table()
-	if err != nil {
-		return err
+	for _, describe := range []func() (page, error){ixgbevfPage, igbvfPage} {
+		p, err := describe()
+		if err != nil {
+			return err
+		}
+		rows, err := table(p.members)
+		if err != nil {
+			return err
+		}
+		var text strings.Builder
+		write(&text, p, rows)
+		if err := os.MkdirAll(args[0], 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(args[0], p.family+"-registers.md"), []byte(text.String()), 0o644); err != nil {
+			return err
+		}
 	}
-	var page strings.Builder
-	write(&page, rows)
-	if err := os.MkdirAll(filepath.Dir(args[0]), 0o755); err != nil {
-		return err
+	return nil
+}
+
+// page is what a family's page has besides the table of registers.
+type page struct {
+	family string
+	// queues tells how many elements of the queues' arrays a VF has.
+	queues string
+	// columns are the headings of what members differ in.
+	columns []string
+	members []member
+}
+
+// member is a device of a family.
+type member struct {
+	id, name string
+	// cells has a text for each column of the page.
+	cells []string
+	table family.Family
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
 	}
-	return os.WriteFile(args[0], []byte(page.String()), 0o644)
+	return "no"
+}
+
+func ixgbevfPage() (page, error) {
+	p := page{family: ixgbevf.Name, columns: []string{"Bounds the length of packets in VFRXDCTL", "RSS of its own"},
+		queues: "Of the\nelements of the queues' arrays a VF has as many as its PF gives it queue pairs."}
+	for _, m := range ixgbevf.Members() {
+		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, ixgbevf.MaxQueuePairs)
+		if err != nil {
+			return page{}, err
+		}
+		p.members = append(p.members, member{fmt.Sprintf("%04x:%04x", ixgbevf.VendorID, m.Device), m.Name,
+			[]string{yes(m.PacketLength), yes(m.RSS)}, f})
+	}
+	return p, nil
+}
+
+func igbvfPage() (page, error) {
+	p := page{family: igbvf.Name, columns: []string{"Queue pairs", "Time stamps by SRRCTL"},
+		queues: "Of the\nelements of the queues' arrays a VF has as many as it has queue pairs."}
+	for _, m := range igbvf.Members() {
+		f, err := igbvf.ForDevice(igbvf.VendorID, m.Device)
+		if err != nil {
+			return page{}, err
+		}
+		p.members = append(p.members, member{fmt.Sprintf("%04x:%04x", igbvf.VendorID, m.Device), m.Name,
+			[]string{fmt.Sprint(m.QueuePairs), yes(m.Timestamp)}, f})
+	}
+	return p, nil
 }
 
 // row is one line of the table: a register, or all elements of an array that
@@ -49,14 +113,10 @@ type row struct {
 }
 
 // table gathers the registers of all members, by ascending offset.
-func table() ([]*row, error) {
+func table(members []member) ([]*row, error) {
 	rows := map[family.Register]*row{}
-	for _, m := range ixgbevf.Members() {
-		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, ixgbevf.MaxQueuePairs)
-		if err != nil {
-			return nil, err
-		}
-		for _, r := range f.Registers() {
+	for _, m := range members {
+		for _, r := range m.table.Registers() {
 			index := -1
 			key := r
 			if name, rest, array := strings.Cut(r.Name, "("); array {
@@ -74,8 +134,8 @@ func table() ([]*row, error) {
 			if !slices.Contains(at.offsets, r.Offset) {
 				at.offsets = append(at.offsets, r.Offset)
 			}
-			if !slices.Contains(at.members, m.Name) {
-				at.members = append(at.members, m.Name)
+			if !slices.Contains(at.members, m.name) {
+				at.members = append(at.members, m.name)
 			}
 		}
 	}
@@ -110,15 +170,19 @@ func (r *row) regular() error {
 	return nil
 }
 
+// name of a register; that of an array of one is its only element's.
 func (r *row) name() string {
-	if r.first < 0 {
+	switch {
+	case r.first < 0:
 		return r.Name
+	case len(r.offsets) == 1:
+		return fmt.Sprintf("%s(%d)", r.Name, r.first)
 	}
 	return r.Name + "(n)"
 }
 
 func (r *row) offset() string {
-	if r.first < 0 {
+	if len(r.offsets) == 1 {
 		return fmt.Sprintf("0x%04x", r.offsets[0])
 	}
 	return fmt.Sprintf("0x%04x + 0x%02x n, n = %d..%d", r.offsets[0], r.stride(), r.first, r.first+len(r.offsets)-1)
@@ -141,27 +205,24 @@ func (r *row) devices(all int) string {
 	return strings.Join(r.members, ", ")
 }
 
-func write(w io.Writer, rows []*row) {
-	members := ixgbevf.Members()
-	fmt.Fprint(w, `# Registers of the ixgbevf family
+func write(w io.Writer, p page, rows []*row) {
+	fmt.Fprintf(w, `# Registers of the %s family
 
-<!-- Written by hack/genregs from agent/family/ixgbevf; run 'make generate' after a change there. -->
+<!-- Written by hack/genregs from agent/family/%[1]s; run 'make generate' after a change there. -->
 
 Every register of BAR0 of a virtual function, as the engine, the restore and
-the model know it. Offsets are in bytes, registers are 32 bits wide. Of the
-elements of the queues' arrays a VF has as many as its PF gives it queue pairs.
+the model know it. Offsets are in bytes, registers are 32 bits wide. %s
 What is not listed reads 0 and ignores writes.
 
 ## Devices
 
 A VF moves only between devices with the same id.
 
-| Device | Controller | Bounds the length of packets in VFRXDCTL | RSS of its own |
-|---|---|---|---|
-`)
-	yes := map[bool]string{true: "yes", false: "no"}
-	for _, m := range members {
-		fmt.Fprintf(w, "| %04x:%04x | %s | %s | %s |\n", ixgbevf.VendorID, m.Device, m.Name, yes[m.PacketLength], yes[m.RSS])
+| Device | Controller | %s |
+|---|---|%s
+`, p.family, p.queues, strings.Join(p.columns, " | "), strings.Repeat("---|", len(p.columns)))
+	for _, m := range p.members {
+		fmt.Fprintf(w, "| %s | %s | %s |\n", m.id, m.name, strings.Join(m.cells, " | "))
 	}
 	fmt.Fprint(w, `
 ## Classes
@@ -182,6 +243,6 @@ The mask has the bits that software can write, and that are copied.
 |---|---|---|---|---|---|---|
 `)
 	for _, r := range rows {
-		fmt.Fprintf(w, "| %s | %s | %s | %s | %s | %s | %s |\n", r.offset(), r.name(), r.Access, r.Class, r.mask(), r.devices(len(members)), r.Why)
+		fmt.Fprintf(w, "| %s | %s | %s | %s | %s | %s | %s |\n", r.offset(), r.name(), r.Access, r.Class, r.mask(), r.devices(len(p.members)), r.Why)
 	}
 }

@@ -144,8 +144,8 @@ func (f *Family) Mailbox() family.Mailbox {
 		Memory: VFMBMEM, Words: MailboxWords, Control: VFMAILBOX,
 		Req: MailboxREQ, Ack: MailboxACK, VFU: MailboxVFU, PFU: MailboxPFU,
 		PFSts: MailboxPFSTS, PFAck: MailboxPFACK, RstI: MailboxRSTI, RstD: MailboxRSTD,
-		ReadClear: MailboxReadClear,
-		IDMask:    MsgIDMask, Replied: MsgACK | MsgNACK,
+		ResetShows: true, ReadClear: MailboxReadClear,
+		IDMask: MsgIDMask, Replied: MsgACK | MsgNACK,
 	}
 }
 

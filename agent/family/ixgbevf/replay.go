@@ -71,6 +71,9 @@ func (l *Log) Replay() []family.Message {
 	return append(messages, mode...)
 }
 
+// Release is empty: what the PF keeps of a VF that was reset filters no frames.
+func (l *Log) Release() []family.Message { return nil }
+
 // replayKept brings the PF to remember what the source's PF does, and resets
 // the VF.
 func (l *Log) replayKept() []family.Message {

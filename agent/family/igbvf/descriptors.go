@@ -1,0 +1,101 @@
+package igbvf
+
+import (
+	"encoding/binary"
+
+	"compsc.io/compsc/agent/family"
+)
+
+const (
+	// descriptorSize is the size of every descriptor in bytes.
+	descriptorSize = 16
+	// contextSlots is how many offload contexts a transmit queue remembers.
+	contextSlots = 2
+)
+
+// Fields of descriptors: in dword 2 of transmit descriptors the command, in
+// dword 3 their status; in dword 2 of advanced receive descriptors written
+// back the status, which legacy ones have in byte 12.
+const (
+	txDEXT      = 1 << 29 // advanced format
+	txEOP       = 1 << 24
+	txRS        = 1 << 27
+	txTypeMask  = 0xf << 20
+	txContext   = 2 << 20
+	txSlot      = 1 << 4 // dword 3 of a context descriptor
+	descDD      = 1 << 0
+	rxEOP       = 1 << 1
+	srrctlType  = 7 << 25 // DESCTYPE in SRRCTL
+	macLenShift = 9       // MACLEN in dword 0 of a context descriptor
+)
+
+// descriptors implements family.Descriptors for the 82576's legacy and
+// advanced formats (Linux igb/e1000_82575.h). They are those of the 82599 but
+// for receive side coalescing, which the 82576 does not have.
+type descriptors struct{}
+
+// Descriptors gives the formats of the descriptors.
+func (f *Family) Descriptors() family.Descriptors { return descriptors{} }
+
+func dword(d []byte, n int) uint32 { return binary.LittleEndian.Uint32(d[4*n:]) }
+
+// ContextSlot tells which slot a context descriptor fills (IDX).
+func (descriptors) ContextSlot(d []byte) (slot int, ok bool) {
+	if dword(d, 2)&(txDEXT|txTypeMask) != txDEXT|txContext {
+		return 0, false
+	}
+	return int(dword(d, 3) / txSlot & (contextSlots - 1)), true
+}
+
+// IdleContext is a context for plain IPv4 over Ethernet.
+func (descriptors) IdleContext() []byte {
+	d := make([]byte, descriptorSize)
+	binary.LittleEndian.PutUint32(d, 14<<macLenShift|20)
+	binary.LittleEndian.PutUint32(d[8:], txDEXT|txContext)
+	return d
+}
+
+// Buffer has the buffer's address in the first quadword.
+func (descriptors) Buffer(addr uint64) []byte {
+	d := make([]byte, descriptorSize)
+	binary.LittleEndian.PutUint64(d, addr)
+	return d
+}
+
+// Done looks for DD.
+func (descriptors) Done(d family.Direction, format uint32, b []byte) bool {
+	return status(d, format, b)&descDD != 0
+}
+
+// EndOfPacket looks for EOP.
+func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool {
+	if d == family.TX {
+		return dword(b, 2)&txEOP != 0
+	}
+	return status(d, format, b)&rxEOP != 0
+}
+
+// HandOver clears DD. As a bit of a header buffer's address it is zero anyway.
+func (descriptors) HandOver(format uint32, b []byte) {
+	if format&srrctlType == 0 {
+		b[12] &^= descDD
+	} else {
+		b[8] &^= descDD
+	}
+}
+
+// Reports looks for RS.
+func (descriptors) Reports(b []byte) bool { return dword(b, 2)&txRS != 0 }
+
+// Packet is false for context descriptors alone.
+func (f descriptors) Packet(b []byte) bool {
+	_, context := f.ContextSlot(b)
+	return !context
+}
+
+func status(d family.Direction, format uint32, b []byte) uint32 {
+	if d == family.TX || format&srrctlType == 0 {
+		return dword(b, 3)
+	}
+	return dword(b, 2)
+}
