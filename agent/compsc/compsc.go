@@ -144,6 +144,8 @@ type VF struct {
 	// heads has the head of each queue that the quiesce has stopped, by
 	// offset.
 	heads map[uint32]uint32
+	// mask has the vectors that the guest has enabled, and not disabled.
+	mask uint32
 	// causes are interrupt causes taken from the device but not raised again.
 	causes uint32
 	// written is nil unless what the device writes is tracked.

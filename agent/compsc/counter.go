@@ -3,7 +3,8 @@ package compsc
 import "compsc.io/compsc/agent/family"
 
 // counter is one statistics counter as the guest sees it: the hardware's
-// value plus an offset, modulo its width.
+// value plus an offset, modulo its width. For one that a read clears the
+// offset is what the engine has read and the guest has not.
 type counter struct {
 	family.Counter
 	offset uint64
@@ -30,7 +31,13 @@ func (v *VF) sample(c *counter) uint64 {
 }
 
 // value is what the guest would read.
-func (v *VF) value(c *counter) uint64 { return (v.sample(c) + c.offset) & c.mask() }
+func (v *VF) value(c *counter) uint64 {
+	if c.ReadClears {
+		c.offset = min(c.offset+v.sample(c), c.mask())
+		return c.offset
+	}
+	return (v.sample(c) + c.offset) & c.mask()
+}
 
 // readCounter serves a guest's read of either half: the lower one takes a
 // sample, the upper one belongs to the sample taken before.
@@ -40,6 +47,9 @@ func (v *VF) readCounter(c *counter, off uint32) uint32 {
 		return c.high
 	}
 	value := v.value(c)
+	if c.ReadClears {
+		c.offset = 0
+	}
 	if off == c.High {
 		return uint32(value >> 32)
 	}
@@ -49,6 +59,9 @@ func (v *VF) readCounter(c *counter, off uint32) uint32 {
 
 // rebase makes the guest see value from now on.
 func (v *VF) rebase(c *counter, value uint64) {
-	c.offset = (value - v.sample(c)) & c.mask()
-	c.latched = false
+	hardware := v.sample(c)
+	if c.ReadClears {
+		hardware = 0 // now it is
+	}
+	c.offset, c.latched = (value-hardware)&c.mask(), false
 }

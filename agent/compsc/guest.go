@@ -26,6 +26,9 @@ func (v *VF) GuestRead(off uint32) uint32 {
 	if value == allOnes || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
 		return value
 	}
+	if off == v.irq.MaskSet && v.held == nil {
+		value = v.readMask(value)
+	}
 	return value & r.Mask
 }
 
@@ -56,6 +59,12 @@ func (v *VF) GuestWrite(off, val uint32) {
 				return
 			}
 		}
+		switch off {
+		case v.irq.MaskSet:
+			v.mask |= val
+		case v.irq.MaskClear:
+			v.mask &^= val
+		}
 		v.b.Write(off, val)
 	}
 }
@@ -77,10 +86,15 @@ func (v *VF) afterReset(reset func()) {
 	v.trackReset()
 	before := make([]uint64, len(v.counters))
 	for i, c := range v.counters {
-		before[i] = v.sample(c)
+		if before[i] = v.sample(c); c.ReadClears {
+			c.offset = min(c.offset+before[i], c.mask())
+		}
 	}
 	reset()
 	for i, c := range v.counters {
+		if c.ReadClears {
+			continue
+		}
 		if after := v.sample(c); (after-before[i])&c.mask() > c.mask()/2 {
 			c.offset = (c.offset + before[i] - after) & c.mask()
 		}
@@ -88,7 +102,7 @@ func (v *VF) afterReset(reset func()) {
 	v.log.Reset()
 	v.mail.request = nil
 	v.mail.readClear = 0
-	v.causes = 0
+	v.causes, v.mask = 0, 0
 	for _, q := range v.queues {
 		r := v.rings[q.Ctl]
 		v.unfollow(r)

@@ -55,7 +55,7 @@ func (v *VF) lookMailbox() uint32 {
 	if value == allOnes {
 		return value
 	}
-	if value&(v.box.RstI|v.box.RstD) != 0 {
+	if v.resetOver(value) {
 		v.mail.resetting = false
 	}
 	if value&v.box.PFSts != 0 && v.mail.request != nil {
@@ -66,6 +66,12 @@ func (v *VF) lookMailbox() uint32 {
 		}
 	}
 	return value
+}
+
+// resetOver tells from the mailbox register whether a reset of the VF that was
+// started is over.
+func (v *VF) resetOver(value uint32) bool {
+	return (value&(v.box.RstI|v.box.RstD) != 0) == v.box.ResetShows
 }
 
 // answers tells whether the message in the mailbox is the reply to a request,
@@ -202,7 +208,7 @@ func (v *VF) resetDevice(ctx context.Context) error {
 		if value == allOnes {
 			return false, ErrGone
 		}
-		return value&(v.box.RstI|v.box.RstD) != 0, nil
+		return v.resetOver(value), nil
 	}))
 	v.b.Read(v.irq.Cause)
 	return errors.Join(errs...)

@@ -39,7 +39,7 @@ func (v *VF) stop(ctx context.Context) error {
 	if mask == allOnes {
 		return ErrGone
 	}
-	v.held[v.irq.MaskSet] = mask & v.irq.All
+	v.held[v.irq.MaskSet] = v.readMask(mask) & v.irq.All
 	v.b.Write(v.irq.MaskClear, v.irq.All)
 	for _, q := range v.queues {
 		ctl := v.b.Read(q.Ctl)
@@ -59,6 +59,14 @@ func (v *VF) stop(ctx context.Context) error {
 	}
 	_, err := v.settleMailbox(ctx)
 	return err
+}
+
+// readMask is the mask of enabled vectors, given what the device says it is.
+func (v *VF) readMask(value uint32) uint32 {
+	if v.irq.MaskUnreadable {
+		return v.mask
+	}
+	return value
 }
 
 // drain waits for a transmit queue to run empty. One that does not, say
@@ -144,7 +152,8 @@ func (v *VF) resume(ctx context.Context) error {
 			errs = append(errs, v.resumeQueue(ctx, q, ctl))
 		}
 	}
-	v.b.Write(v.irq.MaskSet, v.held[v.irq.MaskSet])
+	v.mask = v.held[v.irq.MaskSet]
+	v.b.Write(v.irq.MaskSet, v.mask)
 	v.held, v.heads = nil, nil
 	v.raise()
 	return errors.Join(errs...)

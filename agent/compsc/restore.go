@@ -206,7 +206,11 @@ func (r *restoration) interrupts(context.Context) error {
 	v := r.v
 	for _, off := range v.lateRegisters() {
 		at, _ := slices.BinarySearchFunc(r.s.Registers, off, func(v RegValue, off uint32) int { return int(v.Offset) - int(off) })
-		v.b.Write(off, restoring(v.regs[off], r.s.Registers[at].Value))
+		value := restoring(v.regs[off], r.s.Registers[at].Value)
+		if off == v.irq.MaskSet {
+			v.mask = value
+		}
+		v.b.Write(off, value)
 	}
 	v.causes = r.s.Causes
 	v.raise()

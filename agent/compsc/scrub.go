@@ -9,9 +9,10 @@ import (
 )
 
 // Scrub makes the VF silent and clean: reset, so that the PF drops its
-// filters; every queue off; and nothing left of the last guest, for rings and
-// heads of an 82599 survive a reset. The record and the counters' offsets are
-// dropped as well. It does all it can even if a part fails.
+// filters, and asked to drop those that a reset leaves; every queue off; and
+// nothing left of the last guest, for rings and heads of an 82599 survive a
+// reset. The record and the counters' offsets are dropped as well. It does all
+// it can even if a part fails.
 func (v *VF) Scrub(ctx context.Context) error {
 	v.mu.Lock()
 	defer v.unlock()
@@ -23,11 +24,16 @@ func (v *VF) Scrub(ctx context.Context) error {
 
 func (v *VF) scrub(ctx context.Context) error {
 	v.forget()
-	v.log = v.f.NewLog()
+	err := v.resetDevice(ctx)
+	if !errors.Is(err, ErrGone) {
+		err = errors.Join(err, v.release(ctx))
+	}
 	for _, c := range v.counters {
+		if c.ReadClears {
+			v.sample(c)
+		}
 		c.offset, c.latched = 0, false
 	}
-	err := v.resetDevice(ctx)
 	for _, r := range v.f.Registers() {
 		if r.Class == family.Copy && r.Access == family.RW {
 			v.b.Write(r.Offset, r.Modifier)
@@ -43,10 +49,21 @@ func (v *VF) scrub(ctx context.Context) error {
 	return err
 }
 
+// release takes back what the PF still does for the guest although the VF was
+// reset. The record is dropped with it: if it fails, it is due again.
+func (v *VF) release(ctx context.Context) error {
+	if _, err := v.replay(ctx, v.log.Release()); err != nil {
+		v.log.Reset()
+		return fmt.Errorf("the PF may still keep frames for the last guest: %w", err)
+	}
+	v.log = v.f.NewLog()
+	return nil
+}
+
 // forget drops all that the engine knows of the guest but for its record and
 // its counters. The device is to be reset next.
 func (v *VF) forget() {
-	v.held, v.heads, v.causes, v.mail = nil, nil, 0, mail{}
+	v.held, v.heads, v.causes, v.mask, v.mail = nil, nil, 0, 0, mail{}
 	for _, q := range v.queues {
 		r := v.rings[q.Ctl]
 		if r.relay != nil {

@@ -13,6 +13,7 @@ import (
 	"compsc.io/compsc/agent/compsc"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/family/ixgbevf"
 	"compsc.io/compsc/agent/model"
 	"compsc.io/compsc/agent/vfiouser"
@@ -40,12 +41,19 @@ type deviceType struct {
 // deviceTypes lists the VFs that can be mediated, by vendor:device.
 var deviceTypes = func() map[string]deviceType {
 	types := map[string]deviceType{}
-	for _, m := range ixgbevf.Members() {
-		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, modelQueuePairs)
+	add := func(vendor, device uint16, f family.Family, err error) {
 		if err != nil {
 			panic(err) // a member that is none
 		}
-		types[fmt.Sprintf("%04x:%04x", ixgbevf.VendorID, m.Device)] = deviceType{ixgbevf.VendorID, m.Device, f}
+		types[fmt.Sprintf("%04x:%04x", vendor, device)] = deviceType{vendor, device, f}
+	}
+	for _, m := range ixgbevf.Members() {
+		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, modelQueuePairs)
+		add(ixgbevf.VendorID, m.Device, f, err)
+	}
+	for _, m := range igbvf.Members() {
+		f, err := igbvf.ForDevice(igbvf.VendorID, m.Device)
+		add(igbvf.VendorID, m.Device, f, err)
 	}
 	return types
 }()
