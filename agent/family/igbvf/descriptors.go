@@ -29,6 +29,17 @@ const (
 	macLenShift = 9       // MACLEN in dword 0 of a context descriptor
 )
 
+// Fields of SRRCTL: the sizes of a packet's buffer in KiB and of a header's in
+// units of 64 bytes (82576 datasheet 8.10.2).
+const (
+	srrctlPacket      = 0x7f
+	srrctlHeader      = 0x3f
+	srrctlHeaderShift = 8
+	// What a packet's buffer has, in KiB, when SRRCTL gives none: RCTL.BSIZE as
+	// PFs leave it.
+	defaultBuffer = 2
+)
+
 // descriptors implements family.Descriptors for the 82576's legacy and
 // advanced formats (Linux igb/e1000_82575.h). They are those of the 82599 but
 // for receive side coalescing, which the 82576 does not have.
@@ -91,6 +102,21 @@ func (descriptors) Reports(b []byte) bool { return dword(b, 2)&txRS != 0 }
 func (f descriptors) Packet(b []byte) bool {
 	_, context := f.ContextSlot(b)
 	return !context
+}
+
+// Buffers reads the addresses of advanced descriptors with and without header
+// buffers; legacy ones have one buffer too.
+func (descriptors) Buffers(format uint32, d []byte) (packet, header family.Span) {
+	packet = family.Span{Addr: binary.LittleEndian.Uint64(d), Size: format & srrctlPacket << 10}
+	if packet.Size == 0 {
+		packet.Size = defaultBuffer << 10
+	}
+	// DESCTYPE 0 and 1 have one buffer; in all others the second quadword is
+	// the header's, its lowest bit being DD.
+	if format&srrctlType > 1<<25 {
+		header = family.Span{Addr: binary.LittleEndian.Uint64(d[8:]) &^ 1, Size: format >> srrctlHeaderShift & srrctlHeader << 6}
+	}
+	return packet, header
 }
 
 func status(d family.Direction, format uint32, b []byte) uint32 {
