@@ -98,6 +98,10 @@ func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem tracked
 		handoff.CloseAll(files)
 		return nil, fmt.Errorf("backend %q is not known: only %q is", h.Backend, handoff.BackendModel)
 	}
+	if dt.family.Name() != ixgbevf.Name {
+		handoff.CloseAll(files)
+		return nil, fmt.Errorf("the model is one of family %s, not %s", ixgbevf.Name, dt.family.Name())
+	}
 	if len(files) != 1 {
 		handoff.CloseAll(files)
 		return nil, fmt.Errorf("the model takes one file, a tap's queue, not %d", len(files))
