@@ -194,7 +194,9 @@ func (v *VF) walkFrames(ctx context.Context, r *ring, head uint32, mac []byte) e
 		}
 	}()
 	flow := uint32(0)
-	return v.onScratch(ctx, r, func(_ uint32, spare uint64) []byte { return v.f.Descriptors().Buffer(spare) }, &head,
+	// The guest may have its headers split off: they must not go to its memory.
+	buffers := func(_ uint32, spare uint64) []byte { return v.f.Descriptors().Buffer(spare, spare+spareSize/2) }
+	return v.onScratch(ctx, r, buffers, &head,
 		func(from, size uint32) error {
 			if head >= size {
 				return fmt.Errorf("head %d is outside of a ring of %d descriptors", head, size)

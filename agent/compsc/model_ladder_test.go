@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -148,11 +150,15 @@ func (g *traveller) take(length int, mark byte) {
 		g.wait("rest of the frame", func() bool { return g.get(at+8)&1 != 0 })
 		status := g.get(at + 8)
 		end = status&2 != 0
-		part := make([]byte, status>>32&0xffff)
-		if err := g.mem.ReadAt(buffer, part); err != nil {
+		header, part := make([]byte, g.get(at)>>21&0x3ff), make([]byte, status>>32&0xffff)
+		if err := errors.Join(g.mem.ReadAt(headerBuffer(g.rx), header), g.mem.ReadAt(buffer, part)); err != nil {
 			g.t.Fatal(err)
 		}
-		got = append(got, part...)
+		got = append(append(got, header...), part...)
+		if g.srrctl != oneBuffer {
+			g.put(at, buffer, headerBuffer(g.rx))
+			continue
+		}
 		// As Linux does: the length goes, the rest of the status stays.
 		g.put(at, buffer, status&0xffffffff)
 		if err := g.mem.WriteAt(at+12, make([]byte, 4)); err != nil {
@@ -170,10 +176,21 @@ func (g *traveller) take(length int, mark byte) {
 // for no write-back reads 0.
 func (g *traveller) get(addr uint64) uint64 {
 	word := g.guest.get(addr)
-	if addr >= rxRing && addr < rxRing+16*size && addr%16 == 8 && word>>32&0xffff == 0 {
+	if g.srrctl == oneBuffer && addr >= rxRing && addr < rxRing+16*size && addr%16 == 8 && word>>32&0xffff == 0 {
 		return 0
 	}
 	return word
+}
+
+func headerBuffer(i uint32) uint64 { return headerBuffers + headerStep*uint64(i) }
+
+// unused tells whether nobody wrote where the guest has nothing.
+func (g *traveller) unused() bool {
+	page := make([]byte, 4096)
+	if err := g.mem.ReadAt(0, page); err != nil {
+		g.t.Fatal(err)
+	}
+	return !slices.ContainsFunc(page, func(b byte) bool { return b != 0 })
 }
 
 // hop moves the guest to another VF and returns the strategy for the heads.
@@ -217,6 +234,7 @@ func (g *traveller) hop(spoil func(*model.Config)) string {
 func TestLadder(t *testing.T) {
 	for n := range 32 {
 		rxFixed, txFixed, forgets, loops := n&1 != 0, n&2 != 0, n&4 != 0, n&8 != 0
+		srrctl := []uint32{oneBuffer, split, splitAlways}[(n+n>>2)%3]
 		t.Run(fmt.Sprintf("rx fixed %v, tx fixed %v, forgets %v, loops %v, polls %v", rxFixed, txFixed, forgets, loops, n&16 != 0), func(t *testing.T) {
 			t.Parallel()
 			r := rand.New(rand.NewPCG(1, uint64(n)))
@@ -239,6 +257,7 @@ func TestLadder(t *testing.T) {
 			}
 			g := &traveller{guest: &guest{t: t, mem: &guestMemory{data: make([]byte, 1<<20)}}, irq: make(chan struct{}, 1),
 				out: make(wire, 64), wb: n%3 == 0, poll: n&16 != 0}
+			g.srrctl = srrctl
 			g.attach(spoil)
 			g.boot()
 			for hop := range 6 {
@@ -267,6 +286,9 @@ func TestLadder(t *testing.T) {
 				}
 				if got := g.hop(spoil); got != want {
 					t.Fatalf("hop %d: strategy %q, want %q", hop, got, want)
+				}
+				if !g.unused() {
+					t.Fatalf("hop %d: the device wrote where the guest has no buffers", hop)
 				}
 			}
 			if !strings.Contains(want, compsc.HeadsShadowRing) {

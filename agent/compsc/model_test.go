@@ -57,6 +57,17 @@ const (
 	rxBuffers = 0x10000
 	txBuffers = 0x40000
 	bufSize   = 2048
+
+	headerBuffers = 0x80000
+	headerStep    = 256
+)
+
+// Formats of receive descriptors: one buffer, headers split off into buffers
+// of 64 bytes, and such buffers always used.
+const (
+	oneBuffer   = 1 << 25
+	split       = 2<<25 | 1<<8
+	splitAlways = 5<<25 | 1<<8
 )
 
 var guestMAC = []byte{0x52, 0x54, 0, 1, 2, 3}
@@ -69,6 +80,9 @@ type guest struct {
 	vf     *compsc.VF
 	rx, tx uint32 // next descriptors
 	sent   byte
+	// srrctl has the format of the receive descriptors: DESCTYPE and
+	// BSIZEHEADER of VFSRRCTL. 0 stands for oneBuffer.
+	srrctl uint32
 }
 
 func (g *guest) put(addr uint64, words ...uint64) {
@@ -117,6 +131,9 @@ func (g *guest) message(words ...uint32) {
 }
 
 func (g *guest) start() {
+	if g.srrctl == 0 {
+		g.srrctl = oneBuffer
+	}
 	w := g.vf.GuestWrite
 	w(ixgbevf.VFCTRL, ixgbevf.CtrlRST)
 	g.eventually("end of the reset", func() bool {
@@ -137,12 +154,13 @@ func (g *guest) start() {
 	w(ixgbevf.VFTDT(0), 0)
 	w(ixgbevf.VFTXDCTL(0), ixgbevf.QueueEnable|0x20)
 	for n := range uint64(size) {
-		g.put(rxRing+16*n, rxBuffers+bufSize*n, 0)
+		g.put(rxRing+16*n, rxBuffers+bufSize*n, headerBuffers+headerStep*n)
 	}
 	w(ixgbevf.VFRDBAL(0), rxRing)
 	w(ixgbevf.VFRDBAH(0), 0)
 	w(ixgbevf.VFRDLEN(0), size*16)
-	w(ixgbevf.VFSRRCTL(0), 1<<25|1<<28|2)
+	w(ixgbevf.VFSRRCTL(0), g.srrctl|1<<28|2)
+	w(ixgbevf.VFPSRTYPE, 1<<12) // after the Ethernet header
 	w(ixgbevf.VFRDH(0), 0)
 	w(ixgbevf.VFRXDCTL(0), ixgbevf.QueueEnable)
 	w(ixgbevf.VFRDT(0), size-1)

@@ -154,8 +154,9 @@ type Descriptors interface {
 	// does nothing else: no frame, no write-back.
 	IdleContext() []byte
 	// Buffer returns a receive descriptor as a driver hands it to the device:
-	// a buffer at an even address, and no other for headers.
-	Buffer(addr uint64) []byte
+	// a buffer for packets and one for headers, both at even addresses. Which
+	// the device uses depends on the format.
+	Buffer(packet, header uint64) []byte
 	// Done tells whether the device has written the descriptor back. Format is
 	// the value of the queue's format register.
 	Done(d Direction, format uint32, descriptor []byte) bool

@@ -36,8 +36,11 @@
 // Receive: filters by MAC, macvlans, broadcast, multicast hash (all four of
 // MCSTCTRL.MO), all-multicast, VLAN table, port VLAN and maximum frame; VLAN
 // stripping; RSS over the queues that VFPSRTYPE.RQPL asks for; legacy and
-// advanced one-buffer write-back, frames in several buffers, the quadword that
-// drivers look at written last; checksums verified, and reported as good or
+// advanced write-back, frames in several buffers, the quadword that drivers
+// look at written last, descriptors written back in the order of the ring;
+// header split (SRRCTL.DESCTYPE 010b) and header buffers that are always used
+// (101b), after what VFPSRTYPE selects, with HDR_LEN, SPH and HBO [D, 7.1.10;
+// the same table as the 82576's]; checksums verified, and reported as good or
 // bad; a bounded packet buffer, drop-enable by VFSRRCTL or by the PF. Frames
 // have at least 60 octets.
 //
@@ -74,6 +77,11 @@
 //   - A tail written while the queue is off: stored here. An enabled transmit
 //     queue whose tail differs from its head starts at once.
 //   - A head or tail outside of the ring: the queue stands still.
+//   - Header split: a fragment is split after its IP header; HDR_LEN, SPH and
+//     HBO are in the first descriptor of a frame alone; header buffers count as
+//     1,023 bytes at most, which is what HDR_LEN can tell; DESCTYPE 011b, 100b,
+//     110b and 111b, which are reserved, and header buffers of no size are as
+//     001b.
 //   - How the device takes malformed transmit descriptors: here they are
 //     consumed and the packet is dropped, without latching the queue as
 //     malicious-driver detection would.
@@ -84,9 +92,7 @@
 // # Not modelled
 //
 // Interrupt moderation (VTEITR is storage: every event is raised at once, if
-// unmasked), receive-side coalescing (VFRSCCTL is storage), header split (all
-// of a frame goes to the packet buffer, as one whose header is not
-// recognised), the legacy write-back's fragment checksum (0), IPsec, DCA,
+// unmasked), receive-side coalescing (VFRSCCTL is storage), the legacy write-back's fragment checksum (0), IPsec, DCA,
 // time stamps, write-back thresholds, VLAN anti-spoofing, switching between
 // VFs of one PF, and a link that is ever down.
 //

@@ -76,6 +76,9 @@ const (
 	bufSize   = 2048
 	headWB    = 0x3000
 	memSize   = 0x200000
+
+	headerBuffers = 0x180000
+	headerStep    = 1024
 )
 
 // driver uses a VF as ixgbevf does.
@@ -91,6 +94,9 @@ type driver struct {
 	txTail   [2]int
 	rxBufLen uint32
 	legacy   bool
+	// srrctl has bits of VFSRRCTL besides the size of buffers, 0 for one
+	// buffer a descriptor.
+	srrctl uint32
 }
 
 var (
@@ -221,6 +227,9 @@ func (d *driver) setupRX(q int) {
 	if d.legacy {
 		srrctl = d.rxBufLen >> 10
 	}
+	if d.srrctl != 0 {
+		srrctl = d.srrctl | d.rxBufLen>>10
+	}
 	d.v.Write(ixgbevf.VFSRRCTL(q), srrctl)
 	d.v.Write(ixgbevf.VFRDH(q), 0)
 	d.v.Write(ixgbevf.VFRDT(q), 0)
@@ -231,12 +240,15 @@ func (d *driver) setupRX(q int) {
 
 func rxBuffer(q, i int) uint64 { return rxBuffers + uint64(q*ringSize+i)*bufSize }
 
+func headerBuffer(q, i int) uint64 { return headerBuffers + uint64(q*ringSize+i)*headerStep }
+
 // refill gives n descriptors to the hardware.
 func (d *driver) refill(q, n int) {
 	for range n {
 		at := rxRing + queueStep*uint64(q) + 16*uint64(d.rxTail[q])
 		var desc [16]byte
 		le.PutUint64(desc[:], rxBuffer(q, d.rxTail[q]))
+		le.PutUint64(desc[8:], headerBuffer(q, d.rxTail[q]))
 		_ = d.mem.WriteAt(at, desc[:])
 		d.rxTail[q] = (d.rxTail[q] + 1) % ringSize
 	}
@@ -264,14 +276,16 @@ func (d *driver) receive(q int) *got {
 		if d.legacy {
 			status, n = uint32(desc[12])|uint32(desc[13])<<24, int(le.Uint16(desc[8:]))
 		}
-		if n == 0 || i == d.rxTail[q] {
+		if status&rxDD == 0 || i == d.rxTail[q] {
 			if g.descriptors > 0 {
 				d.t.Fatalf("frame ends without EOP after %d descriptors", g.descriptors)
 			}
 			return nil
 		}
-		if status&rxDD == 0 {
-			d.t.Fatalf("descriptor %d has a length but no DD: %x", i, desc)
+		if info := le.Uint32(desc[0:]); !d.legacy && d.srrctl != 0 && status&rxHBO == 0 {
+			buf := make([]byte, info>>rxHeaderShift&maxHeader)
+			_ = d.mem.ReadAt(headerBuffer(q, i), buf)
+			g.data = append(g.data, buf...)
 		}
 		buf := make([]byte, n)
 		_ = d.mem.ReadAt(rxBuffer(q, i), buf)

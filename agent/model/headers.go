@@ -50,9 +50,12 @@ type headers struct {
 	tag    uint16
 	ip, l4 int // offsets
 	end    int // of the IP packet; the rest is padding
-	v6     bool
-	opts   bool // IPv4 options or IPv6 extension headers
-	proto  byte // of the header at l4
+	// ipEnd and l4End are where the IP header with its options or extensions
+	// and the TCP or UDP header end, 0 where that cannot be told.
+	ipEnd, l4End int
+	v6           bool
+	opts         bool // IPv4 options or IPv6 extension headers
+	proto        byte // of the header at l4
 }
 
 // parse finds the headers of a frame of at least ethHeader bytes.
@@ -91,6 +94,7 @@ func (h *headers) parseIPv4(f []byte, at int) {
 		return
 	}
 	h.ip, h.end, h.opts = at, at+total, length > ipv4Header
+	h.ipEnd = at + length
 	if be.Uint16(f[at+6:])&0x3fff == 0 { // neither a fragment nor followed by one
 		h.setL4(f, at+length, f[at+9])
 	}
@@ -106,6 +110,7 @@ func (h *headers) parseIPv6(f []byte, at int) {
 	}
 	h.ip, h.end, h.v6 = at, end, true
 	next, l4 := f[at+6], at+ipv6Header
+	defer func() { h.ipEnd = min(l4, end) }()
 	for next == protoHopByHop || next == protoRouting || next == protoDestOpts {
 		h.opts = true
 		if l4+8 > end {
@@ -129,9 +134,25 @@ func (h *headers) setL4(f []byte, at int, proto byte) {
 	default:
 		return
 	}
-	if at+length <= h.end {
-		h.l4, h.proto = at, proto
+	if at+length > h.end {
+		return
 	}
+	h.l4, h.proto = at, proto
+	switch {
+	case proto == protoUDP:
+		h.l4End = at + length
+	case proto == protoTCP && f[at+12]>>4 >= tcpHeader/4 && at+int(f[at+12]>>4)*4 <= h.end:
+		h.l4End = at + int(f[at+12]>>4)*4
+	}
+}
+
+// stripped is h for the frame without its VLAN tag.
+func (h headers) stripped() headers {
+	for _, at := range []*int{&h.ip, &h.l4, &h.end, &h.ipEnd, &h.l4End} {
+		*at = max(*at-vlanTag, 0)
+	}
+	h.tagged = false
+	return h
 }
 
 // packetType is the PTYPE field of the advanced receive descriptor.

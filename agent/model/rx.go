@@ -1,7 +1,6 @@
 package model
 
 import (
-	"encoding/binary"
 	"errors"
 
 	"compsc.io/compsc/agent/family/ixgbevf"
@@ -9,12 +8,21 @@ import (
 
 // Fields of VFSRRCTL and VFPSRTYPE.
 const (
-	srrctlBSizeMask = 0x7f // in KiB
-	srrctlDescShift = 25
-	srrctlDescMask  = 7
-	srrctlDropEn    = 1 << 28
-	descLegacy      = 0
-	psrtypeRQPL     = 29
+	srrctlBSizeMask   = 0x7f // in KiB
+	srrctlHeaderShift = 8
+	srrctlHeaderMask  = 0x3f // in 64 bytes
+	srrctlDescShift   = 25
+	srrctlDescMask    = 7
+	srrctlDropEn      = 1 << 28
+	descLegacy        = 0
+	descSplit         = 2
+	descSplitAlways   = 5
+	psrtypeRQPL       = 29
+	psrtypeTCP        = 1 << 4
+	psrtypeUDP        = 1 << 5
+	psrtypeIPv4       = 1 << 8
+	psrtypeIPv6       = 1 << 9
+	psrtypeL2         = 1 << 12
 )
 
 // Status and errors of a received frame, in the layout of the advanced
@@ -26,6 +34,7 @@ const (
 	rxUDPCS = 1 << 4
 	rxL4CS  = 1 << 5
 	rxIPCS  = 1 << 6
+	rxHBO   = 1 << 23 // the header does not fit its buffer
 	rxL4E   = 1 << 30
 	rxIPE   = 1 << 31
 )
@@ -37,6 +46,9 @@ const minFrame = 60
 type rxQueue struct {
 	// waiting frames have been accepted but not stored: the packet buffer.
 	waiting []rxFrame
+	// used are the descriptors whose buffers have data but which are not
+	// written back, from VFRDH on.
+	used []rxSlot
 	// unmapped tells that memory for the first of them was not there.
 	unmapped bool
 }
@@ -44,6 +56,7 @@ type rxQueue struct {
 // rxFrame is an accepted frame.
 type rxFrame struct {
 	data      []byte
+	h         headers // of data
 	tag       uint16
 	tagged    bool // tag was stripped
 	multicast bool
@@ -105,7 +118,9 @@ func (v *VF) Receive(frame []byte) {
 		f.tag, f.tagged = h.tag, true
 		f.status |= rxVP
 		f.data = append(f.data[:12], f.data[16:]...)
+		h = h.stripped()
 	}
+	f.h = h
 	if v.buffered+len(f.data) > v.cfg.PacketBuffer {
 		v.stats.RXNoDescriptor++
 		return
@@ -134,46 +149,37 @@ func (v *VF) selectQueue(f *rxFrame, h headers) int {
 	return int(hash&(retaEntries-1)) % queues
 }
 
-// drainRX stores waiting frames for as long as there are descriptors.
+// drainRX stores waiting frames for as long as there are descriptors, and
+// writes back what is done.
 func (v *VF) drainRX(q int) {
 	queue := &v.rx[q]
 	queue.unmapped = false
 	if v.regs[ixgbevf.VFRXDCTL(q)/4]&ixgbevf.QueueEnable == 0 {
 		return
 	}
-	srrctl := v.regs[ixgbevf.VFSRRCTL(q)/4]
-	buffer := int(srrctl&srrctlBSizeMask) << 10
-	if buffer == 0 {
-		buffer = int(ixgbevf.SRRCTLDefault&srrctlBSizeMask) << 10
-	}
-	drop := v.pf.qde || srrctl&srrctlDropEn != 0
-	stored := false
+	l := v.layoutOf(q)
 	for len(queue.waiting) > 0 {
 		f := &queue.waiting[0]
 		r := v.ringAt(ixgbevf.VFRDBAL(q))
-		need := (len(f.data) + buffer - 1) / buffer
-		if r.available() < need {
-			if !drop && need < int(r.size) {
+		p := l.place(f)
+		if r.available()-len(queue.used) < p.need {
+			if !l.drop && p.need < int(r.size) {
 				break
 			}
 			v.stats.RXNoDescriptor++
 			v.dropFirst(q)
 			continue
 		}
-		if !v.store(r, f, need, buffer, srrctl>>srrctlDescShift&srrctlDescMask == descLegacy) {
+		if !v.store(q, r, f, p, l) {
 			queue.unmapped = true
 			v.retryLater()
 			break
 		}
 		v.retryDelay = 0
-		v.regs[ixgbevf.VFRDH(q)/4] = r.after(need)
 		v.countRX(f)
 		v.dropFirst(q)
-		stored = true
 	}
-	if stored {
-		v.queueCause(q, false)
-	}
+	v.writeBackRX(q)
 }
 
 // dropFirst takes the first waiting frame off the packet buffer.
@@ -195,58 +201,6 @@ func (v *VF) countRX(f *rxFrame) {
 	if f.multicast {
 		v.counters.MPRC++
 	}
-}
-
-// store writes a frame into need descriptors' buffers, then writes the
-// descriptors back. It reports false, with no descriptor consumed, if memory
-// was not mapped.
-func (v *VF) store(r ring, f *rxFrame, need, size int, legacy bool) bool {
-	rest := f.data
-	for i := range need {
-		var d [8]byte
-		if !v.dma(v.mem.ReadAt(r.at(i), d[:])) {
-			return false
-		}
-		n := min(size, len(rest))
-		if !v.dma(v.mem.WriteAt(binary.LittleEndian.Uint64(d[:]), rest[:n])) {
-			return false
-		}
-		rest = rest[n:]
-	}
-	left := len(f.data)
-	for i := range need {
-		n := min(size, left)
-		left -= n
-		d := f.writeBack(n, left == 0, legacy)
-		// Drivers look at the second quadword: it makes the rest valid.
-		if !v.dma(v.mem.WriteAt(r.at(i), d[:8])) || !v.dma(v.mem.WriteAt(r.at(i)+8, d[8:])) {
-			return false
-		}
-	}
-	return true
-}
-
-// writeBack makes the descriptor of n bytes of a frame.
-func (f *rxFrame) writeBack(n int, last, legacy bool) (d [descriptorSize]byte) {
-	status := uint32(rxDD)
-	tag := uint16(0)
-	if last {
-		status |= rxEOP | f.status
-		tag = f.tag
-	}
-	if legacy {
-		binary.LittleEndian.PutUint16(d[8:], uint16(n))
-		d[12] = byte(status)
-		d[13] = byte(status >> 24) // IPE and L4E have the same places
-		binary.LittleEndian.PutUint16(d[14:], tag)
-		return d
-	}
-	binary.LittleEndian.PutUint32(d[0:], f.info)
-	binary.LittleEndian.PutUint32(d[4:], f.hash)
-	binary.LittleEndian.PutUint32(d[8:], status)
-	binary.LittleEndian.PutUint16(d[12:], uint16(n))
-	binary.LittleEndian.PutUint16(d[14:], tag)
-	return d
 }
 
 // writeRX writes a register of a receive queue that is more than storage; it
@@ -271,7 +225,8 @@ func (v *VF) writeRX(q int, inner, val uint32) bool {
 	return true
 }
 
-// disableRX turns a receive queue off. Its share of the packet buffer is lost.
+// disableRX turns a receive queue off. Its share of the packet buffer is lost,
+// and so are write-backs whose memory is not there.
 func (v *VF) disableRX(q int) {
 	v.regs[ixgbevf.VFRXDCTL(q)/4] &^= ixgbevf.QueueEnable
 	for _, f := range v.rx[q].waiting {

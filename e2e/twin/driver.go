@@ -136,9 +136,8 @@ func (g *guest) bringUp() {
 		g.setUpTX(q)
 		g.setUpRX(q)
 	}
-	if len(g.rx) > 1 {
-		g.write(ixgbevf.VFPSRTYPE, uint32(g.rng.IntN(2))<<29|0x1330)
-	}
+	// Queues for RSS, and what headers are split after.
+	g.write(ixgbevf.VFPSRTYPE, uint32(g.rng.IntN(2))<<29|pick(g.rng, 0x1330, 0x1330, g.rng.Uint32()&0x1330))
 	for n := range 2 {
 		entry := uint32(0)
 		for b := range 4 {
@@ -184,16 +183,16 @@ func (g *guest) setUpRX(q int) {
 		*r = ring{size: ringSize(g.rng)}
 	}
 	r.next = 0
-	r.legacy = chance(g.rng, 1, 3)
+	// A third legacy, the others with one buffer, headers split off, or header
+	// buffers always used.
+	format := pick[uint32](g.rng, 0, 0, 1, 2, 2, 5)
+	r.legacy = format == 0
 	g.write(ixgbevf.VFRDBAL(q), uint32(rxRing(q)))
 	g.write(ixgbevf.VFRDBAH(q), g.high())
 	g.write(ixgbevf.VFRDLEN(q), r.size*descriptorSize)
 	g.write(ixgbevf.VFRDH(q), 0)
 	g.write(ixgbevf.VFRDT(q), 0)
-	srrctl := pick[uint32](g.rng, 1, 2, 2, 4, 10) | 4<<8
-	if !r.legacy {
-		srrctl |= 1 << 25
-	}
+	srrctl := pick[uint32](g.rng, 1, 2, 2, 4, 10) | pick[uint32](g.rng, 1, 1, 2, 4, 15)<<8 | format<<25
 	if chance(g.rng, 1, 2) {
 		srrctl |= 1 << 28
 	}
@@ -226,6 +225,7 @@ func (g *guest) refill(q int) {
 	for range n {
 		var d [descriptorSize]byte
 		le.PutUint64(d[:], atRX+uint64(g.rng.IntN(rxRoom/256))*256)
+		le.PutUint64(d[8:], atRX+uint64(g.rng.IntN(rxRoom/64))*64)
 		g.poke(rxRing(q)+uint64(r.next)*descriptorSize, d[:])
 		r.next = (r.next + 1) % r.size
 	}

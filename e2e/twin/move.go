@@ -53,6 +53,9 @@ type Loss struct {
 	State func(*compsc.State)
 	// Message drops the operation of that name from the replay; "" for none.
 	Message string
+	// Unread are registers that the guest then reads the same on both twins: a
+	// loss that shows in them must show in what the device does as well.
+	Unread []uint32
 }
 
 // forgetful is a family whose replay lacks an operation.

@@ -107,6 +107,9 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	g = newGuest(r, f, a, b)
 	m.guest = g
 	g.before, g.during = m.maybe, m.maybeInFlight
+	if o.Lose != nil {
+		g.unread = o.Lose.Unread
+	}
 	for range o.Operations {
 		if err := ctx.Err(); err != nil {
 			return m.report, err

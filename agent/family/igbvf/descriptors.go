@@ -66,10 +66,12 @@ func (descriptors) IdleContext() []byte {
 	return d
 }
 
-// Buffer has the buffer's address in the first quadword.
-func (descriptors) Buffer(addr uint64) []byte {
+// Buffer has the packet buffer's address in the first quadword and the header
+// buffer's in the second, of which the legacy format makes nothing.
+func (descriptors) Buffer(packet, header uint64) []byte {
 	d := make([]byte, descriptorSize)
-	binary.LittleEndian.PutUint64(d, addr)
+	binary.LittleEndian.PutUint64(d, packet)
+	binary.LittleEndian.PutUint64(d[8:], header)
 	return d
 }
 

@@ -192,7 +192,7 @@ func TestDescriptors(t *testing.T) {
 		d         []byte
 		done, eop bool
 	}{
-		"handed over":      {family.RX, advanced, f.Buffer(0x1000), false, false},
+		"handed over":      {family.RX, advanced, f.Buffer(0x1000, 0x2000), false, false},
 		"advanced":         {family.RX, advanced, d(0, 0, 3, 0), true, true},
 		"advanced, more":   {family.RX, advanced, d(0, 0, 1, 0), true, false},
 		"legacy":           {family.RX, legacy, d(0, 0, 60, 3), true, true},
