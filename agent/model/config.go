@@ -94,6 +94,9 @@ type Config struct {
 	PFLatency time.Duration
 	// Counters are the statistics to start from.
 	Counters Counters
+	// Clock measures the intervals of interrupt moderation; nil for the
+	// system's.
+	Clock Clock
 }
 
 // DefaultConfig returns the model's best knowledge of an 82599 VF under the

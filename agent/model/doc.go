@@ -56,6 +56,9 @@
 //
 // Interrupts: causes go where VTIVAR and VTIVAR_MISC point. A cause that comes
 // while its vector is masked stays in VTEICR and is raised when it is unmasked.
+// A vector is raised at once if it was not for as long as VTEITR says, and else
+// at the end of that interval if there is a cause by then [D, 7.3.2.1; V for
+// the unit of 2 microseconds]; CNT_WDIS leaves the interval that runs alone.
 //
 // # Unsure
 //
@@ -85,14 +88,17 @@
 //   - How the device takes malformed transmit descriptors: here they are
 //     consumed and the packet is dropped, without latching the queue as
 //     malicious-driver detection would.
+//   - An interval of VTEITR starts with a message that is sent; one that a
+//     mask held back starts none. A write without CNT_WDIS ends the interval
+//     that runs, as one that writes 0 to the counter; the counter itself, bits
+//     27:21, reads 0. A reset ends intervals and keeps VTEITR.
 //   - VFSTATUS reads 0, and VFFRTIMER counts microseconds.
 //   - RSS: the PF's key and table are those of this package; flows are spread
 //     otherwise on any other card.
 //
 // # Not modelled
 //
-// Interrupt moderation (VTEITR is storage: every event is raised at once, if
-// unmasked), receive-side coalescing (VFRSCCTL is storage), the legacy write-back's fragment checksum (0), IPsec, DCA,
+// Low-latency interrupts, receive-side coalescing (VFRSCCTL is storage), the legacy write-back's fragment checksum (0), IPsec, DCA,
 // time stamps, write-back thresholds, VLAN anti-spoofing, switching between
 // VFs of one PF, and a link that is ever down.
 //

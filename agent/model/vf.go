@@ -38,6 +38,8 @@ type VF struct {
 	stats    Stats
 	// fire has the vectors to raise once the lock is released.
 	fire uint32
+	// throttles moderate the vectors.
+	throttles [ixgbevf.MSIXVectors]throttle
 	// busy tells that the transmit engine has a batch on its way out.
 	busy      bool
 	busyQueue int
@@ -69,6 +71,9 @@ func New(cfg Config, mem Memory, wire Wire, irq func(vector int)) *VF {
 		kick:     make(chan struct{}, 1),
 		quit:     make(chan struct{}),
 		done:     make(chan struct{}),
+	}
+	if cfg.Clock == nil {
+		v.cfg.Clock = systemClock{}
 	}
 	v.idle = sync.NewCond(&v.mu)
 	f, err := ixgbevf.ForDevice(ixgbevf.VendorID, cfg.DeviceID, cfg.QueuePairs)
@@ -183,6 +188,9 @@ func (v *VF) Write(off, val uint32) {
 	case ixgbevf.VTEIMC:
 		v.regs[ixgbevf.VTEIMS/4] &^= val
 		return
+	case ixgbevf.VTEITR(0), ixgbevf.VTEITR(1), ixgbevf.VTEITR(2):
+		v.writeEITR(int(off-ixgbevf.VTEITR(0))/4, val)
+		return
 	case ixgbevf.VFMAILBOX:
 		v.mailbox(val)
 		return
@@ -236,6 +244,7 @@ func (v *VF) reset() {
 	for _, off := range []uint32{ixgbevf.VTEICR, ixgbevf.VTEIMS, ixgbevf.VTEIAC, ixgbevf.VTEIAM} {
 		v.regs[off/4] = 0
 	}
+	v.dropIntervals()
 	for q := range v.rx {
 		if v.regs[ixgbevf.VFRXDCTL(q)/4]&ixgbevf.QueueEnable != 0 {
 			v.disableRX(q)
@@ -278,6 +287,7 @@ func (v *VF) Close() {
 	if !v.closed {
 		v.closed = true
 		v.epoch.Add(1)
+		v.dropIntervals()
 		if v.answer != nil {
 			v.answer.Stop()
 		}

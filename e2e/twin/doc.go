@@ -7,8 +7,10 @@
 // and the interrupts.
 //
 // One seed decides everything: the guest's program, the silicon, when the twin
-// moves and whereto. The program does not depend on the moves, so that a seed
-// fails or passes whatever is left out of a move.
+// moves and whereto. The program does not depend on what is moved, so that a
+// seed fails or passes whatever is left out of a move. Time passes when the
+// program says so, and with each move so much that no interval of interrupt
+// moderation outlives it.
 //
 // # Differences that are allowed
 //

@@ -100,6 +100,7 @@ var operations = []struct {
 	{25, "traffic in", (*guest).trafficIn},
 	{25, "traffic out", (*guest).trafficOut},
 	{14, "interrupts", (*guest).interruptRegisters},
+	{6, "time", (*guest).timePasses},
 	{5, "settings", (*guest).settings},
 	{6, "counters", (*guest).counters},
 	{3, "odd access", (*guest).oddAccess},
@@ -149,6 +150,11 @@ func (g *guest) bringUp() {
 	if chance(g.rng, 2, 3) {
 		g.write(ixgbevf.VTEIAC, ixgbevf.VectorMask)
 		g.write(ixgbevf.VTEIAM, pick[uint32](g.rng, 0, 3, ixgbevf.VectorMask))
+	}
+	if chance(g.rng, 1, 2) {
+		for n := range 2 {
+			g.write(ixgbevf.VTEITR(n), g.interval())
+		}
 	}
 	g.write(ixgbevf.VTEIMS, ixgbevf.VectorMask)
 }

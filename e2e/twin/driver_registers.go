@@ -2,6 +2,7 @@ package twin
 
 import (
 	"strings"
+	"time"
 
 	"compsc.io/compsc/agent/family"
 	"compsc.io/compsc/agent/family/ixgbevf"
@@ -26,8 +27,32 @@ func (g *guest) interruptRegisters() {
 	case 8:
 		g.write(ixgbevf.VTEICS, vectors)
 	case 9:
-		g.write(ixgbevf.VTEITR(g.rng.IntN(3)), uint32(g.rng.IntN(1<<12))|uint32(g.rng.IntN(2))*ixgbevf.EITRCountWDis)
+		g.write(ixgbevf.VTEITR(g.rng.IntN(3)), g.interval())
 	}
+}
+
+// interval is a value for VTEITR: often none.
+func (g *guest) interval() uint32 {
+	return pick(g.rng, 0, uint32(g.rng.IntN(1<<12))) | uint32(g.rng.IntN(2))*ixgbevf.EITRCountWDis
+}
+
+// longestInterval is more than VTEITR can say, whose field has 9 bits of 2
+// microseconds.
+const longestInterval = 2 * time.Millisecond
+
+// timePasses ends some intervals of interrupt moderation.
+func (g *guest) timePasses() {
+	g.step()
+	d := time.Duration(1+g.rng.IntN(600)) * time.Microsecond
+	g.log.add("%v pass", d)
+	g.fleet.clock.Advance(d)
+}
+
+// allIntervalsEnd lets so much time pass that no interval runs any more, also
+// none that starts when the first ones end.
+func (g *guest) allIntervalsEnd() {
+	g.fleet.clock.Advance(longestInterval)
+	g.fleet.clock.Advance(longestInterval)
 }
 
 // settings writes what a driver sets once, with values as they come.

@@ -59,6 +59,7 @@ func unseenLosses() []Loss {
 			}
 			return v
 		}, ixgbevf.VFSRRCTL(0), ixgbevf.VFSRRCTL(1)),
+		unseenLoss("interrupt intervals", without(ixgbevf.EITRInterval), ixgbevf.VTEITR(0), ixgbevf.VTEITR(1), ixgbevf.VTEITR(2)),
 	}
 }
 

@@ -225,7 +225,9 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 		fail("quiesce: %v", err)
 	}
 	g.log.add("== quiesced")
-	m.late()
+	had := g.twins[0].vf.Stats().Interrupts
+	g.allIntervalsEnd()
+	m.late(had != g.twins[0].vf.Stats().Interrupts)
 	state := m.capture(b, target)
 	if state == nil || chance(m.rng, 1, 5) {
 		m.report.Vetoes++
@@ -296,14 +298,16 @@ func (m *mover) undo(b *twin, causes uint32) (bool, uint32) {
 
 // late makes accesses that were on their way when the guest was stopped: the
 // twin that moves gets them when it is quiesced.
-func (m *mover) late() {
+// None is about interrupts if the twin that stayed had one meanwhile: the
+// other will have it once it goes on.
+func (m *mover) late(interrupted bool) {
 	g, r := m.guest, m.rng
 	for q := range g.rx {
 		for _, off := range []uint32{ixgbevf.VFRXDCTL(q), ixgbevf.VFRDH(q), ixgbevf.VFRDT(q), ixgbevf.VFTDT(q), ixgbevf.VFTDH(q)} {
 			g.agree(off)
 		}
 	}
-	if m.inFlight {
+	if m.inFlight || interrupted {
 		return // an interrupt may come before an access on one twin and after it on the other
 	}
 	g.agree(ixgbevf.VTEIMS)
@@ -324,6 +328,7 @@ func (m *mover) late() {
 // so that nothing remains of it: causes are read, which clears them, and what
 // was masked with the interrupt is unmasked.
 func (g *guest) handleInterrupts(causes uint32) {
+	g.allIntervalsEnd()
 	a, b := g.twins[0], g.twins[1]
 	hadA, hadB := a.interrupts(), b.interrupts()
 	var lost, more uint32

@@ -166,6 +166,9 @@ type fleet struct {
 	// written cannot be stopped and let go on by anybody: there is none.
 	headsVary bool
 	built     int
+	// clock is that of all VFs: time passes when the guest lets it, so that a
+	// seed decides what an interval of interrupt moderation holds back.
+	clock *model.ManualClock
 	// counters of the VFs that the twins start on.
 	counters model.Counters
 }
@@ -196,7 +199,9 @@ func newFleet(r *rand.Rand) *fleet {
 	}
 	vary := chance(r, 1, 2)
 	cfg.HeadsPersistAcrossDisable = vary || chance(r, 3, 4)
-	f := &fleet{cfg: cfg, trusted: chance(r, 1, 2), headsVary: vary}
+	clock := model.NewManualClock()
+	cfg.Clock = clock
+	f := &fleet{cfg: cfg, trusted: chance(r, 1, 2), headsVary: vary, clock: clock}
 	if chance(r, 1, 8) {
 		f.portVLAN = vlans[1]
 	}

@@ -75,7 +75,7 @@ func controlRegisters() []family.Register {
 	for n := range MSIXVectors {
 		r = append(r, family.Register{Name: fmt.Sprintf("VTEITR(%d)", n), Offset: VTEITR(n),
 			Access: family.RW, Class: family.Copy, Mask: maskEITR, Modifier: EITRCountWDis,
-			Why: "set by the driver only; the running countdown is lost, which costs one interval at most"})
+			Why: "set by the driver only; the interval that runs stays behind, and the cause it held back is raised with the others"})
 	}
 	for n := range MailboxWords {
 		r = append(r, family.Register{Name: fmt.Sprintf("VFMBMEM(%d)", n), Offset: VFMBMEM + 4*uint32(n),
