@@ -3,6 +3,7 @@ package compsc
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"strings"
 	"testing"
@@ -363,6 +364,36 @@ func TestRelayTearsNoFrame(t *testing.T) {
 	v.Interrupt(0)
 	if got := guestStatus(d, 11); got != 3 {
 		t.Errorf("status %d of the frame received anew, want 3", got)
+	}
+}
+
+// Of frames that are coalesced the descriptors come in turns: the guest sees
+// all of them once all are whole, or none, and finds where each goes on.
+func TestRelayTearsNoCoalescedFrame(t *testing.T) {
+	const rscCount = 2 << 17
+	for _, whole := range []bool{false, true} {
+		d, v := relayed(t)
+		coalesced := func(i int, status uint64) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			b := binary.LittleEndian.AppendUint64(nil, rscCount)
+			_ = d.mem.WriteAt(1<<40+16*uint64(i), binary.LittleEndian.AppendUint64(b, 60<<32|status))
+		}
+		coalesced(0, 2<<4|1) // goes on at 2
+		coalesced(1, 3)      // another one, whole
+		want := uint32(10)
+		if whole {
+			coalesced(2, 3)
+			want = 13
+		}
+		s := capture(t, v)
+		if s.Queues[0].Head != want {
+			t.Errorf("whole %v: captured at head %d, want %d", whole, s.Queues[0].Head, want)
+		}
+		first := d.mem[rxBase/16+10]
+		if status := binary.LittleEndian.Uint32(first[8:]); whole && status != 12<<4|1 || !whole && status&1 != 0 {
+			t.Errorf("whole %v: the guest's first descriptor has status %#x", whole, status)
+		}
 	}
 }
 

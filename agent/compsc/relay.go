@@ -230,6 +230,7 @@ func (v *VF) collectRX(r *ring) (bool, error) {
 	rel, f, size := r.relay, v.f.Descriptors(), r.DescriptorSize
 	var b []byte
 	end := rel.done
+	var open openPackets
 	for i := rel.done; i < rel.given; i++ {
 		if at := (i - rel.done) * size; at == uint32(len(b)) {
 			b = append(b, make([]byte, min(rel.given-i, relayChunk)*size)...)
@@ -241,12 +242,15 @@ func (v *VF) collectRX(r *ring) (bool, error) {
 		if !f.Done(family.RX, rel.format, d) {
 			break
 		}
-		if f.EndOfPacket(family.RX, rel.format, d) {
+		if open.read(f, rel.format, i, d) {
 			end = i + 1
 		}
 	}
 	for i := rel.done; i < end; i++ {
 		d := b[(i-rel.done)*size:][:size]
+		if next, ok := f.Next(rel.format, d); ok {
+			f.SetNext(rel.format, d, rel.at(next))
+		}
 		addr := rel.base + uint64(rel.at(i)*size)
 		// Drivers look at the last half: it makes the rest valid.
 		for _, half := range [][]byte{d[:size/2], d[size/2:]} {

@@ -164,6 +164,12 @@ type Descriptors interface {
 	// transmit descriptor as the driver wrote it, a receive descriptor as the
 	// device wrote it back.
 	EndOfPacket(d Direction, format uint32, descriptor []byte) bool
+	// Next tells where the packet of a receive descriptor that is not its last
+	// goes on, if the device says so: the index of a descriptor of the ring. ok
+	// is false if it is the next one.
+	Next(format uint32, descriptor []byte) (index uint32, ok bool)
+	// SetNext changes what Next tells.
+	SetNext(format uint32, descriptor []byte, index uint32)
 	// HandOver makes a receive descriptor that its driver refilled fit to tell
 	// with Done when the device is through with it: drivers may leave that of
 	// the last lap.

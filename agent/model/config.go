@@ -65,6 +65,10 @@ type Config struct {
 	// ForceDropEnable is what the Linux PF driver does at RESET: every queue
 	// drops frames that find no descriptor, whatever VFSRRCTL.DROP_EN says.
 	ForceDropEnable bool
+	// Coalescing is what the PF has in RFCTL.RSC_DIS: whether receive-side
+	// coalescing is there for who turns it on with VFRSCCTL. The Linux PF
+	// driver turns it off for everybody while there are VFs.
+	Coalescing bool
 	// MulticastFilterType is the PF's MCSTCTRL.MO, 0 to 3: which 12 bits of an
 	// address are its hash.
 	MulticastFilterType uint32
@@ -128,6 +132,11 @@ type Stats struct {
 	// RXFiltered frames were not for this VF, RXNoDescriptor found no
 	// descriptor, RXDisabled came while the VF or the queue was off.
 	RXFiltered, RXNoDescriptor, RXDisabled uint64
+	// RXCoalesced frames became part of one before them.
+	RXCoalesced uint64
+	// RXHeld descriptors are in use and not written back now, the others are
+	// counts.
+	RXHeld int
 	// TXSpoofed frames had somebody else's source address, TXMalformed had
 	// descriptors that make no frame, TXFailed were refused by the wire.
 	TXSpoofed, TXMalformed, TXFailed uint64

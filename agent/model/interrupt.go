@@ -100,9 +100,18 @@ func (v *VF) intervalEnds(n int) {
 	case v.closed:
 	case v.throttled(n):
 		v.awaitInterval(n)
-	case t.due:
-		t.due = false
-		v.deliver(1 << n)
+	default:
+		for q := range v.rx {
+			if len(v.rx[q].active) > 0 {
+				v.completeDue(q)
+				v.writeBackRX(q)
+			}
+		}
+		// An interrupt of these has started the next interval.
+		if v.throttles[n].due && !v.throttled(n) {
+			v.throttles[n].due = false
+			v.deliver(1 << n)
+		}
 	}
 }
 
@@ -135,14 +144,26 @@ func (v *VF) dropIntervals() {
 	}
 }
 
-// queueCause is an event of a queue, sent to the vector VTIVAR gives it.
-func (v *VF) queueCause(q int, tx bool) {
+// queueEntry is what VTIVAR has for a queue.
+func (v *VF) queueEntry(q int, tx bool) uint32 {
 	shift := 16 * uint(q%2)
 	if tx {
 		shift += 8
 	}
-	v.vectorCause(v.regs[ixgbevf.VTIVAR(q/2)/4] >> shift)
+	return v.regs[ixgbevf.VTIVAR(q/2)/4] >> shift
 }
+
+// vectorOf is the vector of a queue, -1 for none.
+func (v *VF) vectorOf(q int, tx bool) int {
+	entry := v.queueEntry(q, tx)
+	if n := int(entry & ixgbevf.IVARVector); entry&ixgbevf.IVARValid != 0 && n < ixgbevf.MSIXVectors {
+		return n
+	}
+	return -1
+}
+
+// queueCause is an event of a queue, sent to the vector VTIVAR gives it.
+func (v *VF) queueCause(q int, tx bool) { v.vectorCause(v.queueEntry(q, tx)) }
 
 // mailboxCause is an event of the mailbox, sent to VTIVAR_MISC's vector.
 func (v *VF) mailboxCause() {

@@ -48,7 +48,10 @@ type rxQueue struct {
 	waiting []rxFrame
 	// used are the descriptors whose buffers have data but which are not
 	// written back, from VFRDH on.
-	used []rxSlot
+	used []*rxSlot
+	// active are frames that are being put together from segments, whose last
+	// descriptors are among used.
+	active []*coalescing
 	// unmapped tells that memory for the first of them was not there.
 	unmapped bool
 }
@@ -160,6 +163,14 @@ func (v *VF) drainRX(q int) {
 	l := v.layoutOf(q)
 	for len(queue.waiting) > 0 {
 		f := &queue.waiting[0]
+		if joined, ok := v.join(q, f, l); joined {
+			v.taken(q, f)
+			continue
+		} else if !ok {
+			queue.unmapped = true
+			v.retryLater()
+			break
+		}
 		r := v.ringAt(ixgbevf.VFRDBAL(q))
 		p := l.place(f)
 		if r.available()-len(queue.used) < p.need {
@@ -175,11 +186,17 @@ func (v *VF) drainRX(q int) {
 			v.retryLater()
 			break
 		}
-		v.retryDelay = 0
-		v.countRX(f)
-		v.dropFirst(q)
+		v.taken(q, f)
 	}
+	v.completeDue(q)
 	v.writeBackRX(q)
+}
+
+// taken ends the wait of the first frame, which is in the guest's memory.
+func (v *VF) taken(q int, f *rxFrame) {
+	v.retryDelay = 0
+	v.countRX(f)
+	v.dropFirst(q)
 }
 
 // dropFirst takes the first waiting frame off the packet buffer.
@@ -217,6 +234,8 @@ func (v *VF) writeRX(q int, inner, val uint32) bool {
 		was := v.regs[ctl/4]
 		v.regs[ctl/4] = val & v.spec[ctl/4].Mask &^ ixgbevf.QueueFlush
 		if was&ixgbevf.QueueEnable != 0 && val&ixgbevf.QueueEnable == 0 {
+			v.completeAll(q)
+			v.writeBackRX(q)
 			v.disableRX(q)
 		}
 	default:
@@ -226,7 +245,7 @@ func (v *VF) writeRX(q int, inner, val uint32) bool {
 }
 
 // disableRX turns a receive queue off. Its share of the packet buffer is lost,
-// and so are write-backs whose memory is not there.
+// and so is what was not written back.
 func (v *VF) disableRX(q int) {
 	v.regs[ixgbevf.VFRXDCTL(q)/4] &^= ixgbevf.QueueEnable
 	for _, f := range v.rx[q].waiting {

@@ -34,10 +34,44 @@ func (v *VF) layoutOf(q int) layout {
 
 // rxSlot is a descriptor that is in use.
 type rxSlot struct {
-	addr uint64
-	desc [descriptorSize]byte // to be written back
+	addr  uint64
+	index uint32
+	// packet and header are the addresses of its buffers.
+	packet, header uint64
+	length         int                  // bytes in the packet buffer
+	count          uint32               // segments, if coalesced
+	desc           [descriptorSize]byte // to be written back
 	// ready tells that nothing more goes into its buffers.
 	ready bool
+}
+
+// mark notes length and RSCCNT.
+func (s *rxSlot) mark() {
+	info := binary.LittleEndian.Uint32(s.desc[0:]) &^ (maxCount << rxCountShift)
+	binary.LittleEndian.PutUint32(s.desc[0:], info|s.count<<rxCountShift)
+	binary.LittleEndian.PutUint16(s.desc[12:], uint16(s.length))
+}
+
+// reopen takes back that the descriptor is the last of its frame.
+func (s *rxSlot) reopen() {
+	overflow := binary.LittleEndian.Uint32(s.desc[8:]) & rxHBO
+	binary.LittleEndian.PutUint32(s.desc[8:], rxDD|overflow)
+	binary.LittleEndian.PutUint16(s.desc[14:], 0)
+	s.ready = false
+}
+
+// link ends the descriptor, which the frame goes beyond, with NEXTP.
+func (s *rxSlot) link(next *rxSlot) {
+	overflow := binary.LittleEndian.Uint32(s.desc[8:]) & rxHBO
+	binary.LittleEndian.PutUint32(s.desc[8:], rxDD|overflow|next.index<<rxNextShift)
+	s.ready = true
+}
+
+// end makes the descriptor the last of its frame.
+func (s *rxSlot) end(status uint32, tag uint16) {
+	binary.LittleEndian.PutUint32(s.desc[8:], binary.LittleEndian.Uint32(s.desc[8:])|rxEOP|status)
+	binary.LittleEndian.PutUint16(s.desc[14:], tag)
+	s.ready = true
 }
 
 // store writes a frame into descriptors' buffers and prepares their
@@ -45,40 +79,45 @@ type rxSlot struct {
 // mapped.
 func (v *VF) store(q int, r ring, f *rxFrame, p placement, l layout) bool {
 	queue := &v.rx[q]
-	slots := make([]rxSlot, 0, p.need)
+	slots := make([]*rxSlot, 0, p.need)
 	rest := f.data
 	for i := range p.need {
-		s := rxSlot{addr: r.at(len(queue.used) + i), ready: true}
+		s := &rxSlot{addr: r.at(len(queue.used) + i), index: r.after(len(queue.used) + i), ready: true}
 		n, header := min(l.buffer, len(rest)), 0
 		if i == 0 && p.header > 0 {
 			header = p.header
 			n = min(l.buffer, len(rest)-header)
 		}
-		if !v.scatter(s.addr, rest[:header], rest[header:header+n]) {
+		if !v.scatter(s, rest[:header], rest[header:header+n]) {
 			return false
 		}
 		rest = rest[header+n:]
+		s.length = n
 		s.desc = f.writeBack(n, len(rest) == 0, l.format == descLegacy)
 		if i == 0 {
-			p.mark(&s)
+			p.mark(s)
 		}
 		slots = append(slots, s)
 	}
 	queue.used = append(queue.used, slots...)
+	if v.coalescible(q, f, l) {
+		v.open(q, f, p, slots)
+	}
 	return true
 }
 
-// scatter writes to the buffers of the descriptor at addr: what goes into the
+// scatter fetches a descriptor and writes to its buffers: what goes into the
 // header buffer, whose address the second quadword has, and the rest.
-func (v *VF) scatter(addr uint64, header, rest []byte) bool {
+func (v *VF) scatter(s *rxSlot, header, rest []byte) bool {
 	var d [descriptorSize]byte
-	if !v.dma(v.mem.ReadAt(addr, d[:])) {
+	if !v.dma(v.mem.ReadAt(s.addr, d[:])) {
 		return false
 	}
-	if len(header) > 0 && !v.dma(v.mem.WriteAt(binary.LittleEndian.Uint64(d[8:])&^1, header)) {
+	s.packet, s.header = binary.LittleEndian.Uint64(d[:]), binary.LittleEndian.Uint64(d[8:])&^1
+	if len(header) > 0 && !v.dma(v.mem.WriteAt(s.header, header)) {
 		return false
 	}
-	return len(rest) == 0 || v.dma(v.mem.WriteAt(binary.LittleEndian.Uint64(d[:]), rest))
+	return len(rest) == 0 || v.dma(v.mem.WriteAt(s.packet, rest))
 }
 
 // writeBackRX writes descriptors back that are ready, in the order of the
@@ -88,7 +127,7 @@ func (v *VF) writeBackRX(q int) {
 	done := 0
 	r := v.ringAt(ixgbevf.VFRDBAL(q))
 	for ; done < len(queue.used) && queue.used[done].ready && r.sane(); done++ {
-		s := &queue.used[done]
+		s := queue.used[done]
 		// Drivers look at the second quadword: it makes the rest valid.
 		if !v.dma(v.mem.WriteAt(s.addr, s.desc[:8])) || !v.dma(v.mem.WriteAt(s.addr+8, s.desc[8:])) {
 			queue.unmapped = true

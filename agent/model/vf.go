@@ -306,6 +306,9 @@ func (v *VF) Stats() Stats {
 	defer v.unlock()
 	s := v.stats
 	s.PF = v.pf.snapshot()
+	for q := range v.rx {
+		s.RXHeld += len(v.rx[q].used)
+	}
 	return s
 }
 

@@ -426,6 +426,10 @@ func FuzzVF(f *testing.F) {
 	le.PutUint32(seg[28:], txTXSM|txIXSM)
 	f.Add(up, seg)
 	f.Add(up, bytes.Repeat([]byte{0xff}, 16))
+	coalesce := op(op(op(up, ixgbevf.VFRSCCTL(0), rsc16), ixgbevf.VFSRRCTL(0), always|1), ixgbevf.VFPSRTYPE, allSplits)
+	coalesce = op(op(op(coalesce, ixgbevf.VTIVAR(0), 0x8080), ixgbevf.VTEIMS, 1), ixgbevf.VTEITR(0), ixgbevf.EITRInterval)
+	coalesce = op(op(op(coalesce, ixgbevf.VFRDT(0), 0x100), ixgbevf.VFRDLEN(0), 0x80), ixgbevf.VFRXDCTL(0), 0)
+	f.Add(coalesce, seg)
 	f.Add(op(nil, ixgbevf.VFCTRL, ixgbevf.CtrlRST), []byte{1})
 	f.Fuzz(func(t *testing.T, ops, content []byte) {
 		mem := &foldedMemory{}
@@ -433,7 +437,7 @@ func FuzzVF(f *testing.F) {
 			copy(mem.data[at:], content)
 		}
 		cfg := DefaultConfig()
-		cfg.AdminMAC, cfg.SpoofCheck = guestMAC, false
+		cfg.AdminMAC, cfg.SpoofCheck, cfg.Coalescing = guestMAC, false, true
 		v := New(cfg, mem, wireFunc(func([]byte) {}), func(int) {})
 		defer v.Close()
 		for n := 0; len(ops) >= 8 && n < 256; n, ops = n+1, ops[8:] {
@@ -442,6 +446,9 @@ func FuzzVF(f *testing.F) {
 			v.Read(off % 0x4100)
 			v.Receive(frame(guestMAC, peerMAC, 60+int(val%1455)))
 			v.Receive(content)
+			for _, s := range stream(uint16(val%2), int(val>>8%1400), 100) {
+				v.Receive(s.frame())
+			}
 		}
 		v.FLR()
 		before := v.Stats()

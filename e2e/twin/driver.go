@@ -65,6 +65,8 @@ type driver struct {
 	maxFrame int
 	macVLANs int
 	txRoomAt uint64
+	// streams are TCP connections from which the guest receives.
+	streams [3]stream
 }
 
 func (d *driver) init(queuePairs int) {
@@ -98,6 +100,7 @@ var operations = []struct {
 	{1, "queue off or on", (*guest).toggleQueue},
 	{15, "refill", func(g *guest) { g.refill(g.rng.IntN(len(g.rx))) }},
 	{25, "traffic in", (*guest).trafficIn},
+	{15, "streams in", (*guest).streamsIn},
 	{25, "traffic out", (*guest).trafficOut},
 	{14, "interrupts", (*guest).interruptRegisters},
 	{6, "time", (*guest).timePasses},
@@ -203,8 +206,8 @@ func (g *guest) setUpRX(q int) {
 		srrctl |= 1 << 28
 	}
 	g.write(ixgbevf.VFSRRCTL(q), srrctl)
-	if chance(g.rng, 1, 3) {
-		g.write(ixgbevf.VFRSCCTL(q), uint32(g.rng.IntN(16)))
+	if chance(g.rng, 5, 6) {
+		g.write(ixgbevf.VFRSCCTL(q), uint32(g.rng.IntN(16))|pick[uint32](g.rng, 0, 1, 1))
 	}
 	g.write(ixgbevf.VFRXDCTL(q), ixgbevf.QueueEnable|uint32(g.rng.IntN(2))*ixgbevf.RXDCTLVME)
 	g.read(ixgbevf.VFRXDCTL(q))

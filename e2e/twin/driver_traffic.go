@@ -38,6 +38,36 @@ func (g *guest) trafficIn() {
 	}
 }
 
+// streamsIn has some segments of TCP streams arrive that the device may
+// coalesce: most follow each other.
+func (g *guest) streamsIn() {
+	if !g.twins[0].vf.Stats().PF.ReceiveEnabled && chance(g.rng, 1, 2) {
+		g.bringUp()
+	}
+	if !g.fleet.cfg.ForceDropEnable && !g.roomForFrames() || g.maxFrame < 1518 {
+		return
+	}
+	tag := -1
+	if chance(g.rng, 1, 4) {
+		tag = int(pick(g.rng, vlans...))
+	}
+	if chance(g.rng, 2, 3) {
+		// As a driver that moderates its interrupts and has just polled: the
+		// first frame raises one, and an interval starts.
+		for n := range 2 {
+			g.write(ixgbevf.VTEITR(n), 0xff8)
+		}
+		g.read(ixgbevf.VTEICR)
+		g.write(ixgbevf.VTEIMS, ixgbevf.VectorMask)
+	}
+	var frames [][]byte
+	for range 1 + g.rng.IntN(12) {
+		n := pick(g.rng, 0, 0, 0, 1, 2)
+		frames = append(frames, g.streams[n].segment(g.rng, stations[g.mac], tag, n))
+	}
+	g.receiveBurst(frames)
+}
+
 // roomForFrames tells whether every receive queue that is on could take the
 // largest burst of trafficIn.
 func (g *guest) roomForFrames() bool {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"net"
+	"slices"
 )
 
 var (
@@ -130,4 +131,37 @@ func (p *packet) fill() {
 		at = p.l4 + 16
 	}
 	be.PutUint16(p.data[at:], ^checksum(pseudo, p.data[p.l4:]))
+}
+
+// stream is a TCP connection to the guest.
+type stream struct{ seq, ack uint32 }
+
+// segment makes the next segment of stream number n.
+func (s *stream) segment(r *rand.Rand, dst net.HardwareAddr, tag, n int) []byte {
+	b := append(append([]byte{}, dst...), stations[1+n]...)
+	if tag >= 0 {
+		b = append(b, 0x81, 0, byte(tag>>8), byte(tag))
+	}
+	p := &packet{proto: protoTCP, ip: len(b) + 2, l4: len(b) + 2 + 20}
+	payload := r.IntN(1400)
+	if chance(r, 1, 3) {
+		payload = r.IntN(100)
+	}
+	b = append(b, 8, 0, 0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, protoTCP, 0, 0, 10, 0, 0, byte(n), 10, 0, 1, 1)
+	be.PutUint16(b[p.ip+2:], uint16(20+20+payload))
+	if chance(r, 1, 16) {
+		s.seq++ // as if one had been lost
+	}
+	if chance(r, 1, 16) {
+		s.ack++
+	}
+	tcp := be.AppendUint32(be.AppendUint32([]byte{0, 80, 0x80, byte(n)}, s.seq), s.ack)
+	flags := pick[byte](r, append(slices.Repeat([]byte{0x10}, 14), 0x18, 0x11)...)
+	b = append(append(b, tcp...), 5<<4, flags, 0, 0, 0, 0, 0, 0)
+	s.seq += uint32(payload)
+	p.data = appendRandom(b, r, payload)
+	if chance(r, 15, 16) {
+		p.fill()
+	}
+	return p.data
 }

@@ -59,6 +59,8 @@ func unseenLosses() []Loss {
 			}
 			return v
 		}, ixgbevf.VFSRRCTL(0), ixgbevf.VFSRRCTL(1)),
+		unseenLoss("coalescing", without(1), ixgbevf.VFRSCCTL(0), ixgbevf.VFRSCCTL(1)),
+		unseenLoss("the longest chain", without(3<<2), ixgbevf.VFRSCCTL(0), ixgbevf.VFRSCCTL(1)),
 		unseenLoss("interrupt intervals", without(ixgbevf.EITRInterval), ixgbevf.VTEITR(0), ixgbevf.VTEITR(1), ixgbevf.VTEITR(2)),
 	}
 }

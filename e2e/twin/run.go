@@ -27,6 +27,9 @@ type Report struct {
 	// Advanced and Relayed are moves whose heads took other ways than being
 	// written.
 	Advanced, Relayed int
+	// Coalesced are frames that became part of another on their way to a guest
+	// that stays.
+	Coalesced uint64
 	// LargestState is the size of the largest encoded state, in bytes.
 	LargestState int
 }
@@ -38,6 +41,7 @@ func (r *Report) Add(o Report) {
 	r.Advanced += o.Advanced
 	r.Relayed += o.Relayed
 	r.Refusals += o.Refusals
+	r.Coalesced += o.Coalesced
 	r.LargestState = max(r.LargestState, o.LargestState)
 }
 
@@ -117,5 +121,6 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 		g.operate()
 		g.compare()
 	}
+	m.report.Coalesced = a.vf.Stats().RXCoalesced
 	return m.report, nil
 }

@@ -189,6 +189,7 @@ func newFleet(r *rand.Rand) *fleet {
 	}
 	cfg.SpoofCheck = chance(r, 3, 4)
 	cfg.ForceDropEnable = chance(r, 3, 4)
+	cfg.Coalescing = chance(r, 3, 4)
 	cfg.Features = uint32(r.IntN(4))
 	if chance(r, 1, 4) {
 		cfg.PFMaxFrame = 9014

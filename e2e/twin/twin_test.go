@@ -59,7 +59,7 @@ func TestTwin(t *testing.T) {
 	}
 	group.Wait()
 	t.Logf("%d seeds: %+v", last-first+1, total)
-	if !t.Failed() && *oneSeed == 0 && (total.Moves < int(last) || total.Vetoes == 0 || total.Refusals == 0) {
+	if !t.Failed() && *oneSeed == 0 && (total.Moves < int(last) || total.Vetoes == 0 || total.Refusals == 0 || total.Coalesced < last) {
 		t.Errorf("the twins hardly moved: %+v", total)
 	}
 }

@@ -88,6 +88,12 @@ func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool
 	return status(d, format, b)&rxEOP != 0
 }
 
+// Next is never told: there is no coalescing.
+func (descriptors) Next(uint32, []byte) (index uint32, ok bool) { return 0, false }
+
+// SetNext has nothing to change.
+func (descriptors) SetNext(uint32, []byte, uint32) {}
+
 // HandOver clears DD. As a bit of a header buffer's address it is zero anyway.
 func (descriptors) HandOver(format uint32, b []byte) {
 	if format&srrctlType == 0 {

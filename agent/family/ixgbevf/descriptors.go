@@ -23,6 +23,12 @@ const (
 	rxEOP       = 1 << 1
 	srrctlType  = 7 << 25 // DESCTYPE in VFSRRCTL
 	macLenShift = 9       // MACLEN in dword 0 of a context descriptor
+
+	// Of a frame coalesced from several: RSCCNT in dword 0 of each descriptor,
+	// NEXTP in dword 2 of all but the last.
+	rxCount     = 0xf << 17
+	rxNext      = 0xffff << rxNextShift
+	rxNextShift = 4
 )
 
 // descriptors implements family.Descriptors for the 82599's legacy and
@@ -70,6 +76,20 @@ func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool
 		return dword(b, 2)&txEOP != 0
 	}
 	return status(d, format, b)&rxEOP != 0
+}
+
+// Next has NEXTP where RSCCNT tells of coalescing, as Linux's ixgbe driver and
+// DPDK's take it.
+func (descriptors) Next(format uint32, b []byte) (index uint32, ok bool) {
+	if format&srrctlType == 0 || dword(b, 0)&rxCount == 0 || dword(b, 2)&rxEOP != 0 {
+		return 0, false
+	}
+	return dword(b, 2) & rxNext >> rxNextShift, true
+}
+
+// SetNext replaces NEXTP.
+func (descriptors) SetNext(_ uint32, b []byte, index uint32) {
+	binary.LittleEndian.PutUint32(b[8:], dword(b, 2)&^rxNext|index<<rxNextShift)
 }
 
 // HandOver clears DD. Linux's driver keys on the length instead and leaves it;

@@ -1,6 +1,7 @@
 package ixgbevf
 
 import (
+	"encoding/binary"
 	"slices"
 	"strings"
 	"testing"
@@ -202,6 +203,36 @@ func TestDescriptors(t *testing.T) {
 	} {
 		if done, eop := f.Done(tc.dir, tc.format, tc.d), f.EndOfPacket(tc.dir, tc.format, tc.d); done != tc.done || eop != tc.eop {
 			t.Errorf("%s: done %v, end %v", name, done, eop)
+		}
+	}
+}
+
+// Where frames go on that were coalesced.
+func TestNext(t *testing.T) {
+	f := New(1).Descriptors()
+	const legacy, advanced = 0x402, 0x2000402
+	for name, tc := range map[string]struct {
+		format     uint32
+		info, word uint32
+		next       uint32
+		ok         bool
+	}{
+		"goes on":        {advanced, 3 << 17, 0x1234<<4 | 1, 0x1234, true},
+		"last":           {advanced, 3 << 17, 0x1234<<4 | 3, 0, false},
+		"not coalesced":  {advanced, 1 << 21, 0x1234<<4 | 1, 0, false},
+		"legacy":         {legacy, 3 << 17, 0x1234<<4 | 1, 0, false},
+		"and is split":   {advanced&^(1<<25) | 5<<25, 1<<31 | 54<<21 | 1<<17, 7<<4 | 1, 7, true},
+		"highest number": {advanced, 15 << 17, 0xffff<<4 | 1, 0xffff, true},
+	} {
+		d := binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, tc.info), 0)
+		d = append(binary.LittleEndian.AppendUint32(d, 0xfff<<20|tc.word), 9, 9, 9, 9)
+		if next, ok := f.Next(tc.format, d); next != tc.next || ok != tc.ok {
+			t.Errorf("%s: next %d (%v), want %d (%v)", name, next, ok, tc.next, tc.ok)
+		}
+		before := slices.Clone(d)
+		f.SetNext(tc.format, d, 0x4321)
+		if got := dword(d, 2); got != 0xfff<<20|0x4321<<4|tc.word&3 || !slices.Equal(d[:8], before[:8]) || !slices.Equal(d[12:], before[12:]) {
+			t.Errorf("%s: changed to %x from %x", name, d, before)
 		}
 	}
 }
