@@ -24,10 +24,19 @@ type written struct {
 type given struct {
 	place
 	format uint32
+	// coalesces tells that the device may coalesce packets.
+	coalesces bool
 	// next is the first descriptor that was not handed over yet.
 	next uint32
 	// buffers of each descriptor that were not told yet; of size 0 if none.
-	buffers []struct{ packet, header family.Span }
+	buffers []buffers
+}
+
+// buffers are those of one descriptor. Twice tells that they were told once,
+// but have to be again.
+type buffers struct {
+	packet, header family.Span
+	twice          bool
 }
 
 // Track begins to follow what memory the device writes, with Options.Memory to
@@ -36,7 +45,11 @@ type given struct {
 // Track returns is not told. Tell must not call back into the VF.
 //
 // It is exact but for what it cannot know: a buffer that was used is told
-// whole, and so are the rings. A guest that gives the device memory by other
+// whole, and so are the rings. Where packets are coalesced a buffer is told by
+// two flushes, for the device may come back to the header of one that goes on
+// in the next descriptors. It does so for an interval of interrupt moderation,
+// which is a millisecond at most: flushes must be further apart, but for the
+// last. A guest that gives the device memory by other
 // means than its rings has none.
 func (v *VF) Track(tell func(addr uint64, n int)) {
 	v.mu.Lock()
@@ -90,7 +103,8 @@ func (v *VF) trackStart(r *ring) {
 	if p.size == 0 || head >= p.size {
 		return // the device stands still
 	}
-	g := &given{place: p, next: head, buffers: make([]struct{ packet, header family.Span }, p.size)}
+	g := &given{place: p, next: head, buffers: make([]buffers, p.size)}
+	g.coalesces = r.Coalesce != 0 && v.current(r.Coalesce)&r.CoalesceEnable != 0
 	if r.Format != 0 {
 		g.format = v.current(r.Format)
 	}
@@ -114,6 +128,7 @@ func (v *VF) give(r *ring, g *given, tail uint32) {
 		// Handed over once more, so the device is through with what was there.
 		v.written.spans(s.packet, s.header)
 		s.packet, s.header = v.f.Descriptors().Buffers(g.format, b)
+		s.twice = false
 	}
 }
 
@@ -136,7 +151,9 @@ func (v *VF) tellUsed(g *given, head uint32) {
 	for n := range g.size - pending {
 		s := &g.buffers[(g.next+n)%g.size]
 		v.written.spans(s.packet, s.header)
-		s.packet.Size, s.header.Size = 0, 0
+		if s.twice = g.coalesces && !s.twice; !s.twice {
+			s.packet.Size, s.header.Size = 0, 0
+		}
 	}
 }
 

@@ -56,11 +56,14 @@ type trackRig struct {
 	marks   byte
 }
 
-func newTrackRig(t *testing.T) *trackRig {
+func newTrackRig(t *testing.T, spoil ...func(*model.Config)) *trackRig {
 	t.Helper()
 	mem := &guestMemory{data: make([]byte, 1<<20)}
 	r := &trackRig{device: &deviceMemory{guestMemory: mem, written: pageNumbers{}}, out: make(wire, 64), told: pageNumbers{}}
 	cfg := model.DefaultConfig()
+	for _, change := range spoil {
+		change(&cfg)
+	}
 	r.silicon = model.New(cfg, r.device, r.out, func(int) {})
 	t.Cleanup(r.silicon.Close)
 	v := compsc.New(ixgbevf.New(cfg.QueuePairs), r.silicon, compsc.Options{Memory: mem, Logger: slog.New(slog.DiscardHandler)})
@@ -143,6 +146,54 @@ func TestTrackedPagesAreThoseTheDeviceWrote(t *testing.T) {
 				t.Errorf("the device wrote pages %x only", wrote)
 			}
 		}
+	}
+}
+
+// A device that coalesces comes back to the header of a frame whose first
+// descriptors it has written back, and used, already.
+func TestTrackFollowsCoalescedFrames(t *testing.T) {
+	clock := model.NewManualClock()
+	r := newTrackRig(t, func(c *model.Config) { c.Clock, c.Coalescing = clock, true })
+	r.vf.GuestWrite(ixgbevf.VFRSCCTL(0), ixgbevf.RSCCTLEnable|3<<2)
+	r.vf.GuestWrite(ixgbevf.VTEIAC, 3)
+	r.vf.GuestWrite(ixgbevf.VTEITR(0), intervalValue)
+	r.vf.GuestRead(ixgbevf.VTEICR)
+	r.begin()
+	s := &tcp{}
+	in := func(n int) {
+		for range n {
+			r.silicon.Receive(s.segment(0, 1400))
+		}
+	}
+	in(1) // starts the interval
+	in(4) // goes on in the third descriptor, on another page than the first
+	if err := r.vf.FlushTracked(); err != nil {
+		t.Fatal(err)
+	}
+	if head := r.vf.GuestRead(ixgbevf.VFRDH(0)); head < 3 {
+		t.Fatalf("the head is at %d: the frame does not go on", head)
+	}
+	r.device.mu.Lock()
+	clear(r.device.written)
+	r.device.mu.Unlock()
+	clear(r.told)
+	in(1)
+	wrote, told := r.end()
+	if len(wrote) < 3 {
+		t.Errorf("the device wrote pages %x only", wrote)
+	}
+	for _, p := range wrote {
+		if !slices.Contains(told, p) {
+			t.Errorf("page %#x was written and is not told", p)
+		}
+	}
+	// Told twice is enough.
+	clear(r.told)
+	if err := r.vf.FlushTracked(); err != nil {
+		t.Fatal(err)
+	}
+	if r.told[rxBuffers>>12] {
+		t.Error("the first buffer is told a third time")
 	}
 }
 

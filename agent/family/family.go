@@ -135,6 +135,9 @@ type Queue struct {
 	// Format is the register that decides the format of the descriptors, 0
 	// when each tells its own.
 	Format uint32
+	// Coalesce is the register with the bit CoalesceEnable that has a receive
+	// queue coalesce packets, 0 for none.
+	Coalesce, CoalesceEnable uint32
 	// Assign is the register that assigns the queue's causes to a vector, in
 	// the byte that starts at bit AssignShift.
 	Assign      uint32

@@ -86,7 +86,8 @@ func newFamily(m Member, queuePairs int) *Family {
 			BAL: VFRDBAL(n), BAH: VFRDBAH(n), LEN: VFRDLEN(n),
 			Head: VFRDH(n), Tail: VFRDT(n), Ctl: VFRXDCTL(n),
 			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
-			Format: VFSRRCTL(n), Assign: VTIVAR(n / 2), AssignShift: 16 * uint(n%2),
+			Format: VFSRRCTL(n), Coalesce: VFRSCCTL(n), CoalesceEnable: RSCCTLEnable,
+			Assign: VTIVAR(n / 2), AssignShift: 16 * uint(n%2),
 		})
 	}
 	for n := range queuePairs {

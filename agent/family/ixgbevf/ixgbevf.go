@@ -196,6 +196,8 @@ const (
 	RSSTableWords = 16
 	// RXDCTLVME in VFRXDCTL strips VLAN tags.
 	RXDCTLVME = 1 << 30
+	// RSCCTLEnable in VFRSCCTL turns receive-side coalescing on.
+	RSCCTLEnable = 1
 	// TDWBALEnable in VFTDWBAL turns head write-back on.
 	TDWBALEnable = 1
 )

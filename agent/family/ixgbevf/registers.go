@@ -22,7 +22,7 @@ const (
 	maskDCA    = 0x00ffef1f
 	maskSRRCTL = 0x1fc03f7f // BSIZEPKT 6:0, BSIZEHDR 13:8, RDMTS 24:22, DESCTYPE 27:25, DROP_EN 28
 	maskRX     = QueueEnable | QueueFlush | RXDCTLVME
-	maskRSCCTL = 0x0000000d // RSCEN 0, MAXDESC 3:2
+	maskRSCCTL = RSCCTLEnable | 0xc // MAXDESC 3:2
 	maskTXDCTL = 0x007f7f7f | QueueEnable | QueueFlush
 	maskMRQC   = 0x00ff0001 // RSSEN 0, what is hashed 23:16
 	maskAll    = 0xffffffff
