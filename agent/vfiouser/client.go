@@ -36,7 +36,10 @@ func Dial(ctx context.Context, path string, mem ClientMemory) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("vfio-user client: %w", err)
 	}
-	c := newClient(conn.(*net.UnixConn), mem)
+	c, err := newClient(conn.(*net.UnixConn), mem)
+	if err != nil {
+		return nil, err
+	}
 	if err := c.negotiate(ctx); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("vfio-user client: version negotiation at %s: %w", path, err)
@@ -44,18 +47,23 @@ func Dial(ctx context.Context, path string, mem ClientMemory) (*Client, error) {
 	return c, nil
 }
 
-func newClient(conn *net.UnixConn, mem ClientMemory) *Client {
-	c := &Client{link: newLink(conn), mem: mem, end: make(chan struct{})}
+// newClient takes ownership of conn, also on error.
+func newClient(conn *net.UnixConn, mem ClientMemory) (*Client, error) {
+	l, err := newLink(conn)
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{link: l, mem: mem, end: make(chan struct{})}
 	go func() {
 		defer close(c.end)
 		c.err = c.link.run(c.handle)
 	}()
-	return c
+	return c, nil
 }
 
 // Close ends the connection and waits for the reader goroutine.
 func (c *Client) Close() {
-	c.link.conn.Close()
+	c.link.sock.close()
 	<-c.end
 }
 

@@ -109,7 +109,7 @@ func TestDisconnectFailsPendingDMA(t *testing.T) {
 	go func() { failed <- s.DMARead(context.Background(), 0, make([]byte, 8)) }()
 	wait(t, entered)
 	go func() { failed <- s.DMAWrite(context.Background(), 0, make([]byte, 8)) }()
-	c.link.conn.Close()
+	c.link.sock.close()
 	for range 2 {
 		if err := wait(t, failed); !errors.Is(err, ErrNotConnected) {
 			t.Errorf("pending request: %v", err)

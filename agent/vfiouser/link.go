@@ -22,37 +22,12 @@ const writeTimeout = 10 * time.Second
 // one to a request that was given up.
 const postedID uint16 = 1 << 15
 
-// message is one received message. The body is valid until the next is read.
-type message struct {
-	header
-	body []byte
-	fds  []int // owned by the message; -1 where taken
-}
-
-// takeFD passes descriptor i to the caller.
-func (m *message) takeFD(i int) int {
-	fd := m.fds[i]
-	m.fds[i] = -1
-	return fd
-}
-
-// closeFDs closes the descriptors that nobody took.
-func (m *message) closeFDs() {
-	for _, fd := range m.fds {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
-	}
-	m.fds = nil
-}
-
 // link is one connection, seen from either side: framing, descriptor passing,
 // and the matching of own requests with their replies. One goroutine calls run;
 // everything else may be called by any number of goroutines.
 type link struct {
-	conn *net.UnixConn
-	rbuf []byte // body of the message being handled, reader goroutine only
-	oob  []byte // reader goroutine only
+	sock *socket
+	in   inbox // reader goroutine only
 
 	wmu          sync.Mutex
 	wbuf         []byte
@@ -71,23 +46,29 @@ type reply struct {
 	err  error
 }
 
-func newLink(c *net.UnixConn) *link {
+// newLink takes ownership of c, also on error.
+func newLink(c *net.UnixConn) (*link, error) {
+	sock, err := newSocket(c)
+	if err != nil {
+		return nil, err
+	}
 	return &link{
-		conn:         c,
-		oob:          make([]byte, unix.CmsgSpace(4*maxFDs)),
+		sock:         sock,
+		in:           newInbox(sock),
 		writeTimeout: writeTimeout,
 		pending:      map[uint16]chan reply{},
 		done:         make(chan struct{}),
-	}
+	}, nil
 }
 
 // run reads messages until the connection ends or handle fails, and passes the
 // commands among them to handle. It returns nil when the peer closed the
 // connection between two messages. All pending requests have then failed.
 func (l *link) run(handle func(*message) error) error {
+	defer l.in.close()
 	defer l.fail()
 	for {
-		m, err := l.read()
+		m, err := l.in.next()
 		if err == nil {
 			if m.isReply() {
 				l.deliver(m)
@@ -107,87 +88,13 @@ func (l *link) run(handle func(*message) error) error {
 
 // fail closes the connection and lets all pending requests fail.
 func (l *link) fail() {
-	l.conn.Close()
+	l.sock.close()
 	l.pmu.Lock()
 	defer l.pmu.Unlock()
 	if l.pending != nil {
 		l.pending = nil
 		close(l.done)
 	}
-}
-
-// read returns the next message; io.EOF only at a message boundary.
-func (l *link) read() (*message, error) {
-	m := &message{}
-	var hdr [headerSize]byte
-	err := l.readFull(m, hdr[:])
-	if err == nil {
-		m.header, err = parseHeader(hdr[:])
-	}
-	if err == nil && m.size > headerSize {
-		n := int(m.size) - headerSize
-		if cap(l.rbuf) < n {
-			l.rbuf = make([]byte, n)
-		}
-		m.body = l.rbuf[:n]
-		if err = l.readFull(m, m.body); errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
-		}
-	}
-	if err != nil {
-		m.closeFDs()
-		return nil, err
-	}
-	return m, nil
-}
-
-// readFull fills p, which never reaches beyond one message, so that descriptors
-// are found with the message they belong to.
-func (l *link) readFull(m *message, p []byte) error {
-	for got := 0; got < len(p); {
-		n, oobn, flags, _, err := l.conn.ReadMsgUnix(p[got:], l.oob)
-		if oobn > 0 {
-			if e := m.addFDs(l.oob[:oobn]); err == nil {
-				err = e
-			}
-		}
-		if err == nil && flags&unix.MSG_CTRUNC != 0 {
-			err = fmt.Errorf("%w: more than %d descriptors in one message", ErrProtocol, maxFDs)
-		}
-		if err == nil && n == 0 {
-			err = io.EOF
-		}
-		if errors.Is(err, io.EOF) && got > 0 {
-			err = io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			return err
-		}
-		got += n
-	}
-	return nil
-}
-
-// addFDs takes the descriptors out of control data.
-func (m *message) addFDs(oob []byte) error {
-	scms, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return fmt.Errorf("%w: control data: %w", ErrProtocol, err)
-	}
-	for _, scm := range scms {
-		if scm.Header.Level != unix.SOL_SOCKET || scm.Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		fds, err := unix.ParseUnixRights(&scm)
-		if err != nil {
-			return fmt.Errorf("%w: control data: %w", ErrProtocol, err)
-		}
-		m.fds = append(m.fds, fds...)
-	}
-	if len(m.fds) > maxFDs {
-		return fmt.Errorf("%w: more than %d descriptors in one message", ErrProtocol, maxFDs)
-	}
-	return nil
 }
 
 // send writes one message, whose size it fills in. The descriptors stay the
@@ -207,15 +114,8 @@ func (l *link) send(h header, body []byte, fds ...int) error {
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
-	err := l.conn.SetWriteDeadline(time.Now().Add(l.writeTimeout))
-	for first := true; err == nil && (first || len(b) > 0); first = false {
-		var n int
-		if n, _, err = l.conn.WriteMsgUnix(b, oob, nil); err == nil {
-			b, oob = b[n:], nil
-		}
-	}
-	if err != nil {
-		l.conn.Close() // the stream may end within a message
+	if err := l.sock.send(b, oob, l.writeTimeout); err != nil {
+		l.sock.close() // the stream may end within a message
 		return fmt.Errorf("%w: sending: %w", ErrNotConnected, err)
 	}
 	return nil

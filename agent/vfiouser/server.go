@@ -151,10 +151,15 @@ func (s *Server) admit(ctx context.Context, c *net.UnixConn) {
 
 // session serves one client to its end.
 func (s *Server) session(ctx context.Context, c *net.UnixConn) {
-	ss := newSession(s, newLink(c))
-	stop := context.AfterFunc(ctx, func() { c.Close() })
+	l, err := newLink(c)
+	if err != nil {
+		s.log.Warn("vfio-user: a client was refused", "err", err)
+		return
+	}
+	ss := newSession(s, l)
+	stop := context.AfterFunc(ctx, l.sock.close)
 	defer stop()
-	err := ss.link.run(ss.handle)
+	err = l.run(ss.handle)
 	if ctx.Err() != nil {
 		err = fmt.Errorf("vfio-user server stopped: %w", ctx.Err())
 	}

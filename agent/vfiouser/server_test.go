@@ -119,7 +119,10 @@ func rawClient(t *testing.T, path string) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newClient(conn, nil)
+	c, err := newClient(conn, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(c.Close)
 	return c
 }
@@ -385,15 +388,16 @@ func TestBrokenStreams(t *testing.T) {
 			}
 			oob = unix.UnixRights(fds...)
 		}
-		if _, _, err := c.link.conn.WriteMsgUnix(tt.data, oob, nil); err != nil {
+		if err := c.link.sock.send(tt.data, oob, testTimeout); err != nil {
 			t.Fatal(err)
 		}
 		if strings.HasSuffix(tt.name, "in two parts") {
-			if _, _, err := c.link.conn.WriteMsgUnix(make([]byte, 4), unix.UnixRights(int(file.Fd())), nil); err != nil {
+			if err := c.link.sock.send(make([]byte, 4), unix.UnixRights(int(file.Fd())), testTimeout); err != nil {
 				t.Fatal(err)
 			}
 		}
-		_ = c.link.conn.CloseWrite() // closed already if the server was faster
+		// Closed already if the server was faster.
+		_ = c.link.sock.raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
 		if err := wait(t, dev.gone); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: the session ended with %v, want %q", tt.name, err, tt.want)
 		}
