@@ -14,6 +14,7 @@ import (
 
 	"compsc.io/compsc/agent/compsc"
 	pb "compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/device/dirty"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/qemu"
 	"compsc.io/compsc/agent/vfiouser"
@@ -27,7 +28,7 @@ type iface struct {
 	log    *slog.Logger
 	server *vfiouser.Server
 	memory vfiouser.Memory
-	pages  pageSet
+	pages  dirty.Set
 
 	// driverSeen turns true with the guest's first access after watchDriver.
 	driverSeen atomic.Bool
@@ -92,7 +93,7 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 			return fmt.Errorf("VF %s: MAC: %w", h.VF, err)
 		}
 	}
-	memory := tracked{&i.memory, &i.pages}
+	memory := dirty.Tracked{Memory: &i.memory, Pages: &i.pages}
 	s, err := openSilicon(h, dt, files, memory, i.fire, i.log)
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
@@ -286,7 +287,7 @@ func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRest
 func (i *iface) markPages(ctx context.Context) (uint64, error) {
 	var n uint64
 	var b [1]byte
-	pages := i.pages.addresses()
+	pages := i.pages.Addresses()
 	if len(pages) == 0 {
 		return 0, nil
 	}

@@ -11,12 +11,12 @@ import (
 	"strings"
 
 	"compsc.io/compsc/agent/compsc"
+	"compsc.io/compsc/agent/device/dirty"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/family"
 	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/family/ixgbevf"
 	"compsc.io/compsc/agent/model"
-	"compsc.io/compsc/agent/vfiouser"
 )
 
 // silicon is a VF's registers, whatever stands behind them.
@@ -77,23 +77,8 @@ func deviceTypeFor(h handoff.Handoff) (deviceType, error) {
 	return dt, nil
 }
 
-// tracked is the guest's memory as the device writes it: each page written is
-// recorded.
-type tracked struct {
-	*vfiouser.Memory
-	pages *pageSet
-}
-
-// WriteAt writes guest memory at a guest-physical address.
-func (t tracked) WriteAt(addr uint64, p []byte) error {
-	// Recorded first: a page recorded in vain costs a byte on the wire, one
-	// missed costs the guest's data.
-	t.pages.add(addr, len(p))
-	return t.Memory.WriteAt(addr, p)
-}
-
 // openSilicon opens the VF's backend; it owns files.
-func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem tracked, irq func(int), log *slog.Logger) (silicon, error) {
+func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, error) {
 	if h.Backend != handoff.BackendModel {
 		handoff.CloseAll(files)
 		return nil, fmt.Errorf("backend %q is not known: only %q is", h.Backend, handoff.BackendModel)
@@ -131,7 +116,7 @@ func (m *modelVF) Scratch() compsc.Scratch { return m.scratch }
 // Announce sends a frame on the wire, as the PF could.
 func (m *modelVF) Announce(frame []byte) error { return m.wire.Transmit(frame) }
 
-func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem tracked, irq func(int), log *slog.Logger) (silicon, error) {
+func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, error) {
 	cfg := model.DefaultConfig()
 	cfg.DeviceID = dt.device
 	cfg.QueuePairs = modelQueuePairs

@@ -67,7 +67,7 @@ func (p *process) PrepareSource(ctx context.Context, r *pb.PrepareSourceRequest)
 	}
 	if phase == pb.Phase_PHASE_RUNNING {
 		for _, i := range p.ifaces {
-			i.pages.start()
+			i.pages.Start()
 		}
 	}
 	p.set(func() {
@@ -351,7 +351,7 @@ func (p *process) backToRunning(why string) {
 
 func (p *process) stopTracking() {
 	for _, i := range p.ifaces {
-		i.pages.stop()
+		i.pages.Stop()
 	}
 }
 

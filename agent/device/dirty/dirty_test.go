@@ -1,4 +1,4 @@
-package device
+package dirty
 
 import (
 	"slices"
@@ -6,12 +6,12 @@ import (
 	"testing"
 )
 
-func TestPageSet(t *testing.T) {
+func TestSet(t *testing.T) {
 	type write struct {
 		addr uint64
 		n    int
 	}
-	const chunk = chunkPages << pageShift
+	const chunk = 1 << (pageShift + chunkBits)
 	for name, c := range map[string]struct {
 		writes []write
 		want   []uint64
@@ -25,62 +25,63 @@ func TestPageSet(t *testing.T) {
 		"page zero":                {[]write{{0, 1}}, []uint64{0}},
 		"ascending across chunks":  {[]write{{5 * chunk, 1}, {0x3000, 1}}, []uint64{0x3000, 5 * chunk}},
 		"across a chunk boundary":  {[]write{{chunk - 1, 2}}, []uint64{chunk - 4096, chunk}},
+		"across all levels":        {[]write{{1<<60 + chunk - 1, 2}, {1 << 50, 1}, {1 << 40, 1}}, []uint64{1 << 40, 1 << 50, 1<<60 + chunk - 4096, 1<<60 + chunk}},
 		"last page of the address": {[]write{{^uint64(0) - 4095, 4096}}, []uint64{^uint64(0) - 4095}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var s pageSet
-			s.start()
+			var s Set
+			s.Start()
 			for _, w := range c.writes {
-				s.add(w.addr, w.n)
+				s.Add(w.addr, w.n)
 			}
-			if got := s.addresses(); !slices.Equal(got, c.want) {
-				t.Errorf("addresses() = %#x, want %#x", got, c.want)
+			if got := s.Addresses(); !slices.Equal(got, c.want) {
+				t.Errorf("Addresses() = %#x, want %#x", got, c.want)
 			}
 		})
 	}
 }
 
-func TestPageSetRecordsOnlyWhenStarted(t *testing.T) {
-	var s pageSet
-	s.add(0x1000, 1)
-	if got := s.addresses(); got != nil {
+func TestSetRecordsOnlyWhenStarted(t *testing.T) {
+	var s Set
+	s.Add(0x1000, 1)
+	if got := s.Addresses(); got != nil {
 		t.Errorf("before start: %#x", got)
 	}
-	s.start()
-	s.add(0x1000, 1)
-	s.start()
-	if got := s.addresses(); got != nil {
+	s.Start()
+	s.Add(0x1000, 1)
+	s.Start()
+	if got := s.Addresses(); got != nil {
 		t.Errorf("a second start kept %#x", got)
 	}
-	s.add(0x2000, 1)
-	s.stop()
-	s.add(0x3000, 1)
-	if got := s.addresses(); got != nil {
+	s.Add(0x2000, 1)
+	s.Stop()
+	s.Add(0x3000, 1)
+	if got := s.Addresses(); got != nil {
 		t.Errorf("after stop: %#x", got)
 	}
 }
 
-func TestPageSetConcurrent(t *testing.T) {
-	var s pageSet
-	s.start()
+func TestSetConcurrent(t *testing.T) {
+	var s Set
+	s.Start()
 	var wg sync.WaitGroup
 	for g := range uint64(4) {
 		wg.Go(func() {
 			for p := range uint64(1000) {
-				s.add((g*1000+p)<<pageShift, 1)
+				s.Add((g*1000+p)<<pageShift, 1)
 			}
 		})
 	}
 	wg.Wait()
-	if n := len(s.addresses()); n != 4000 {
+	if n := len(s.Addresses()); n != 4000 {
 		t.Errorf("%d pages, want 4000", n)
 	}
 }
 
-func BenchmarkPageSetAdd(b *testing.B) {
-	var s pageSet
-	s.start()
+func BenchmarkSetAdd(b *testing.B) {
+	var s Set
+	s.Start()
 	for i := 0; b.Loop(); i++ {
-		s.add(uint64(i%65536)<<pageShift, 1500)
+		s.Add(uint64(i%65536)<<pageShift, 1500)
 	}
 }
