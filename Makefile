@@ -76,6 +76,10 @@ test: ## Run all tests: unit, fuzz, apiserver, qemu.
 	@$(MAKE) --no-print-directory apiserver
 	@$(MAKE) --no-print-directory qemu
 
+.PHONY: bench
+bench: ## Measure what it costs: switchover, register accesses, packet rate; also in out/bench.json.
+	@hack/bench
+
 .PHONY: artifacts
 artifacts: qemu-tree guest kube kubevirt-crds ## Make what tests and the demo run: QEMU, guests, control plane, KubeVirt's CRDs.
 
