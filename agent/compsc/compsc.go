@@ -125,6 +125,10 @@ type VF struct {
 	resetBit uint32
 	resets   atomic.Uint64
 
+	// at has, for each dword of BAR0, what a guest's access needs: they look up
+	// nothing else.
+	at []dword
+
 	// rings has each queue under the offset of each of its registers.
 	rings map[uint32]*ring
 	// relays counts the rings under relay; due tells that they are to be
@@ -189,7 +193,27 @@ func New(f family.Family, b Backend, o Options) *VF {
 			v.counterAt[c.High] = k
 		}
 	}
+	v.at = make([]dword, f.BARSize()/4)
+	for off, r := range v.regs {
+		v.at[off/4] = dword{access: r.Access, mask: r.Mask, ring: v.rings[off], counter: v.counterAt[off]}
+	}
 	return v
+}
+
+// dword is a place in BAR0. The zero value stands for one without a register.
+type dword struct {
+	access  family.Access
+	mask    uint32
+	ring    *ring
+	counter *counter
+}
+
+// dwordAt gives what is at an offset, which may be outside of BAR0.
+func (v *VF) dwordAt(off uint32) dword {
+	if off%4 != 0 || int(off/4) >= len(v.at) {
+		return dword{}
+	}
+	return v.at[off/4]
 }
 
 // GuestResets counts the resets of the VF that the guest asked for through

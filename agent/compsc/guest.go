@@ -12,24 +12,24 @@ import (
 func (v *VF) GuestRead(off uint32) uint32 {
 	v.mu.Lock()
 	defer v.unlock()
-	r, ok := v.regs[off]
-	if !ok || r.Access&family.Readable == 0 {
+	r := v.dwordAt(off)
+	if r.access&family.Readable == 0 {
 		return 0
 	}
-	if c := v.counterAt[off]; c != nil {
-		return v.readCounter(c, off)
+	if r.counter != nil {
+		return v.readCounter(r.counter, off)
 	}
 	if off == v.box.Control {
 		return v.guestMailboxRead()
 	}
 	value := v.current(off)
-	if value == allOnes || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
+	if value == allOnes || r.access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
 		return value
 	}
 	if off == v.irq.MaskSet && v.held == nil {
 		value = v.readMask(value)
 	}
-	return value & r.Mask
+	return value & r.mask
 }
 
 // GuestWrite is a write to BAR0 by the guest. Writes to registers the family
@@ -38,11 +38,11 @@ func (v *VF) GuestRead(off uint32) uint32 {
 func (v *VF) GuestWrite(off, val uint32) {
 	v.mu.Lock()
 	defer v.unlock()
-	r, ok := v.regs[off]
-	if !ok || r.Access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
+	r := v.dwordAt(off)
+	if r.access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
 		return
 	}
-	val &= r.Mask
+	val &= r.mask
 	switch {
 	case off == v.resetReg && val&v.resetBit != 0:
 		v.resets.Add(1)
@@ -53,9 +53,9 @@ func (v *VF) GuestWrite(off, val uint32) {
 		v.guestMailboxWrite(val)
 	case v.held != nil && v.writeHeld(off, val):
 	default:
-		if r := v.rings[off]; r != nil {
-			v.trackQueueWrite(r, off, val)
-			if v.guestQueueWrite(r, off, val) {
+		if r.ring != nil {
+			v.trackQueueWrite(r.ring, off, val)
+			if v.guestQueueWrite(r.ring, off, val) {
 				return
 			}
 		}

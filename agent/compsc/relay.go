@@ -433,7 +433,7 @@ func (v *VF) Interrupt(int) {
 // unlock releases the lock once what came up meanwhile is done.
 func (v *VF) unlock() {
 	for {
-		if v.due.Swap(false) {
+		if v.due.Load() && v.due.Swap(false) { // to look costs less than to write
 			v.pumpAll(true)
 		}
 		v.mu.Unlock()
