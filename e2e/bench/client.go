@@ -189,9 +189,9 @@ func dialRaw(s accessServer) (*rawConn, error) {
 		return nil, fmt.Errorf("version negotiation: %w", err)
 	}
 	if s.Device {
-		return c, c.bringUp()
+		_, err = c.bringUp()
 	}
-	return c, nil
+	return c, err
 }
 
 // command sends a message, with descriptors, and takes the answer.
@@ -215,28 +215,22 @@ func (c *rawConn) command(cmd uint16, body []byte, fds ...int) error {
 }
 
 // bringUp gives the VF memory and makes its queues ready for doorbells.
-func (c *rawConn) bringUp() error {
-	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC)
+func (c *rawConn) bringUp() (*driver, error) {
+	file, ram, err := newRAM()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := unix.Ftruncate(fd, ramSize); err != nil {
-		return err
-	}
-	ram, err := unix.Mmap(fd, 0, ramSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return err
-	}
+	defer file.Close()
 	body := le.AppendUint32(nil, 32)
 	body = le.AppendUint32(body, 3) // readable, writable
 	for _, v := range []uint64{0, 0, ramSize} {
 		body = le.AppendUint64(body, v)
 	}
-	if err := c.command(cmdDMAMap, body, fd); err != nil {
-		return fmt.Errorf("DMA_MAP: %w", err)
+	if err := c.command(cmdDMAMap, body, int(file.Fd())); err != nil {
+		return nil, fmt.Errorf("DMA_MAP: %w", err)
 	}
 	d := &driver{bar: c, ram: ram}
-	return errors.Join(d.bringUp(ixgbevf.DefaultQueuePairs), c.err)
+	return d, errors.Join(d.bringUp(ixgbevf.DefaultQueuePairs), c.err)
 }
 
 // message puts a region access together; it has size bytes with its header.

@@ -3,7 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
@@ -39,6 +42,25 @@ type driver struct {
 	// next is the next descriptor of queue 0 to use or to look at, tail the
 	// receive ring's.
 	txNext, rxNext, rxTail int
+}
+
+// newRAM makes a guest's memory: the file to share, and the guest's view of it.
+func newRAM() (*os.File, []byte, error) {
+	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, nil, err
+	}
+	file := os.NewFile(uintptr(fd), "ram")
+	if err := file.Truncate(ramSize); err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	ram, err := unix.Mmap(fd, 0, ramSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	return file, ram, nil
 }
 
 // answerLimit bounds a wait for the VF.

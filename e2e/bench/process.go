@@ -22,6 +22,7 @@ var roles = map[string]func(context.Context, []string) error{
 	"serve-device": serveDevice,
 	"client":       runClient,
 	"answer":       runAnswer,
+	"serve-ways":   serveWays,
 }
 
 // child is a process that serves until it is stopped.

@@ -59,14 +59,25 @@ func newMediated(queues int, ram []byte, mem *vfiouser.Memory) *mediated {
 	cfg := model.DefaultConfig()
 	cfg.AdminMAC = guestMAC
 	cfg.QueuePairs, cfg.MACVLANs, cfg.VLANs = queues, mostMACVLANs, mostVLANs
-	scratch := model.NewScratch(1<<52, 2*queues*(ringBytes+8<<10))
-	m := &mediated{vf: model.New(cfg, scratch.Over(mem), &countingWire{}, nil)}
+	scratch := model.NewScratch(1<<52, 2*queues*(ringBytes+(8<<10)))
+	m := &mediated{vf: model.New(cfg, scratch.Over(mem), openWire{}, nil)}
 	m.vf.SetTrust(true) // only such a VF gets macvlans
 	m.engine = compsc.New(ixgbevf.New(queues), m.vf, compsc.Options{VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID,
 		Memory: mem, Scratch: scratch, Logger: slog.New(slog.DiscardHandler)})
 	m.driver = &driver{bar: guestBar{m.engine}, ram: ram}
 	return m
 }
+
+// guestBar is the registers as the guest reaches them through the engine.
+type guestBar struct{ *compsc.VF }
+
+func (g guestBar) Read(off uint32) uint32 { return g.GuestRead(off) }
+func (g guestBar) Write(off, v uint32)    { g.GuestWrite(off, v) }
+
+// openWire ends nowhere.
+type openWire struct{}
+
+func (openWire) Transmit([]byte) error { return nil }
 
 // measureSwitchover measures the steps of a move, and the size of the states.
 func measureSwitchover(ctx context.Context, r *report) error {
@@ -105,6 +116,17 @@ func (s *stopwatch) step(name string, do func() error) error {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return nil
+}
+
+// guestMemory is the guest's memory on both sides: as bytes, and as the device
+// process maps it.
+func guestMemory() ([]byte, *vfiouser.Memory, error) {
+	file, ram, err := newRAM()
+	if err != nil {
+		return nil, nil, err
+	}
+	mem := &vfiouser.Memory{}
+	return ram, mem, mem.Map(vfiouser.DMAMap{Size: ramSize, Readable: true, Writable: true, File: file})
 }
 
 func measureMoves(ctx context.Context, r *report, kind guestKind, p *peers) error {
