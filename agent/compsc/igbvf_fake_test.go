@@ -212,14 +212,14 @@ func (d *fakeIGB) receive(n int) (taken int) {
 }
 
 // reset turns queues off and tells the PF, which drops what it does for the
-// VF but for its address filters. Rings, heads, masks and counters stay.
+// VF but for its address filters and the largest frame. Rings, heads, masks and counters stay.
 func (d *fakeIGB) reset() {
 	for n := range igbvf.MaxQueuePairs {
 		d.regs[igbvf.RXDCTL(n)] &^= igbvf.QueueEnable
 		d.regs[igbvf.TXDCTL(n)] &^= igbvf.QueueEnable
 	}
 	d.serving = false
-	d.pf = igbPF{rar: d.pf.rar, filters: d.pf.filters}
+	d.pf = igbPF{rar: d.pf.rar, filters: d.pf.filters, maxFrame: d.pf.maxFrame}
 	if d.adminMAC != nil {
 		d.pf.mac = *d.adminMAC
 	}

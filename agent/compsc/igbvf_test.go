@@ -115,7 +115,7 @@ func TestIGBRestoreNeedsEverything(t *testing.T) {
 	for i := range report.ReplayedOperations {
 		diff, _ := migrateIGB(t, igbvf.DeviceID, func(v *VF) { v.f = forgetfulIGB{v.f, i} }, restoreSteps)
 		// A target that has no stale addresses does without their removal.
-		if clear := i == 2; (diff == "") != clear {
+		if clear := i == 3; (diff == "") != clear {
 			t.Errorf("without message %d of the replay the target differs by:\n%s", i, diff)
 		}
 	}
@@ -406,7 +406,7 @@ func TestIGBScrub(t *testing.T) {
 	if mask, dropped := v.GuestRead(igbvf.EIMS), v.GuestRead(igbvf.RQDPC(0)); mask != 0 || dropped != 0 {
 		t.Errorf("the next guest finds EIMS %#x and RQDPC %d", mask, dropped)
 	}
-	if diff := cmp.Diff(igbPF{}, d.pf, cmp.AllowUnexported(igbPF{}), cmpopts.EquateEmpty()); diff != "" || d.serving {
+	if diff := cmp.Diff(igbPF{maxFrame: 1522}, d.pf, cmp.AllowUnexported(igbPF{}), cmpopts.EquateEmpty()); diff != "" || d.serving {
 		t.Errorf("the PF still serves the VF (%v):\n%s", d.serving, diff)
 	}
 	requests := len(d.writesOf[igbvf.V2PMAILBOX])
@@ -419,15 +419,15 @@ func TestIGBScrub(t *testing.T) {
 // writable or not.
 func TestIGBProbe(t *testing.T) {
 	d := usedIGB(igbvf.DeviceID)
-	d.pf.filters = [][2]uint32{{1, 1}}
+	d.pf.filters, d.pf.maxFrame = [][2]uint32{{1, 1}}, 600
 	v := newIGB(t, d, igbvf.DeviceID)
 	caps, err := v.Probe(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := Capabilities{WritableRXHeads: true, WritableTXHeads: true, Offer: family.Offer{APIs: []uint32{0}}}
-	if diff := cmp.Diff(want, caps); diff != "" || len(d.pf.filters) != 0 {
-		t.Errorf("filters %v left, capabilities (-want +got):\n%s", d.pf.filters, diff)
+	if diff := cmp.Diff(want, caps); diff != "" || len(d.pf.filters) != 0 || d.pf.maxFrame != 1522 {
+		t.Errorf("filters %v left, frames of %d; capabilities (-want +got):\n%s", d.pf.filters, d.pf.maxFrame, diff)
 	}
 	d.fixedHeads = true
 	if caps, err = v.Probe(context.Background()); err != nil {

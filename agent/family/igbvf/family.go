@@ -141,10 +141,15 @@ func (f *Family) RestoreLog(b []byte) (family.Log, error) {
 // onlyAPI stands for the dialect, of which there is but one version.
 const onlyAPI = 0
 
+// standardFrame is the largest frame of a VF whose PF was never told: a tagged
+// one of a network without jumbo frames, with the checksum, in bytes.
+const standardFrame = 1522
+
 // Probe asks for a reset, which finds out whether the PF answers, and has it
-// forget further addresses of the VF's last user: no reset does.
+// forget what the VF's last user asked for: no reset takes back further
+// addresses and the largest frame.
 func (f *Family) Probe() [][]uint32 {
-	return [][]uint32{{MsgReset}, clearFilters(nil)}
+	return [][]uint32{{MsgReset}, clearFilters(nil), {MsgSetLPE, standardFrame}}
 }
 
 // Offer reads the replies to the messages of Probe. All PFs of the family

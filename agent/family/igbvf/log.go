@@ -40,8 +40,6 @@ type settled struct {
 	// ready is set by a completed RESET message; all else needs it.
 	ready bool
 	mac   *mac
-	// maxFrame is the largest frame in bytes.
-	maxFrame *uint32
 	// vlans is in ascending order, without repetitions.
 	vlans []uint16
 	// lastVLAN is the id in the last message about VLANs that had an effect,
@@ -63,6 +61,8 @@ type kept struct {
 	filters []mac
 	// overflow is set once there are more than maxFilters.
 	overflow bool
+	// maxFrame is the largest frame in bytes, with the checksum.
+	maxFrame *uint32
 	// addressed tells that the PF may have an address filter for the VF: a
 	// reset leaves it, until the RESET message that follows.
 	addressed bool
@@ -71,8 +71,8 @@ type kept struct {
 var _ family.Log = (*Log)(nil)
 
 // Reset forgets what the PF does: a reset by CTRL.RST, or of the function,
-// makes the PF drop what it did for the VF, but for further addresses, and
-// answer nothing but a RESET message.
+// makes the PF drop what it did for the VF, but for further addresses and the
+// largest frame, and answer nothing but a RESET message.
 func (l *Log) Reset() { l.settled = settled{} }
 
 // verdict tells whether a reply acknowledges its request. It fails when the

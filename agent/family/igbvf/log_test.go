@@ -66,6 +66,7 @@ func spoken(list []family.Message) []string {
 
 const (
 	reset    = "RESET [1]"
+	lpe      = "SET_LPE [5 5f2]"
 	clearOwn = "SET_MAC_ADDR, clear filters [10002 33221154 6655]"
 	add1     = "SET_MAC_ADDR, add filter [20002 1 1]"
 	add2     = "SET_MAC_ADDR, add filter [20002 2 2]"
@@ -77,13 +78,12 @@ func TestReplayOrder(t *testing.T) {
 	want := []string{
 		reset,
 		"SET_MAC_ADDR [2 33221154 6655]",
-		clearOwn, add1, add2,
+		lpe, clearOwn, add1, add2,
 		"SET_VLAN [10004]",
 		"SET_VLAN [10004 5]",
 		"SET_VLAN [10004 4d]",
 		"SET_MULTICAST [30003 20001 3]",
 		"SET_PROMISC [30006]",
-		"SET_LPE [5 5f2]",
 	}
 	if diff := cmp.Diff(want, spoken(full().Replay())); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -100,8 +100,8 @@ func TestRecordFollowsMessages(t *testing.T) {
 		{"reset without an address", func(*Log) {}, []string{reset}},
 		{"nothing before a reset", func(l *Log) { *l = Log{}; did(l, []uint32{MsgSetLPE, 9000}) }, nil},
 		{"never used", func(l *Log) { *l = Log{}; l.Reset() }, nil},
-		{"a reset leaves further addresses", func(l *Log) { *l = *full(); refused(l, MsgReset) }, []string{reset, blindClear, add1, add2}},
-		{"the reset bit too", func(l *Log) { *l = *full(); l.Reset() }, []string{reset, blindClear, add1, add2, "CTRL.RST []"}},
+		{"a reset leaves what is kept", func(l *Log) { *l = *full(); refused(l, MsgReset) }, []string{reset, lpe, blindClear, add1, add2}},
+		{"the reset bit too", func(l *Log) { *l = *full(); l.Reset() }, []string{reset, lpe, blindClear, add1, add2, "CTRL.RST []"}},
 		{"further addresses cleared", func(l *Log) {
 			did(l, []uint32{MsgSetMAC | MACFilterAdd<<16, 1, 1})
 			did(l, []uint32{MsgSetMAC | MACFilterClear<<16, 0, 0})
@@ -300,7 +300,7 @@ func TestNotMigratable(t *testing.T) {
 // every later one must read.
 var fullV1 = []byte{
 	0x01, 0xfb, 0x00, 0x02, 0x01, 0x00, 0x00, 0x00, 0x01, 0x00, 0x02, 0x00, 0x00, 0x00, 0x02, 0x00,
-	0x54, 0x11, 0x22, 0x33, 0x55, 0x66, 0x00, 0x00, 0x05, 0xf2, 0x00, 0x06, 0x00, 0x03, 0x00, 0x00,
+	0x00, 0x00, 0x05, 0xf2, 0x54, 0x11, 0x22, 0x33, 0x55, 0x66, 0x00, 0x06, 0x00, 0x03, 0x00, 0x00,
 	0x00, 0x05, 0x00, 0x4d, 0x03, 0x00, 0x03, 0x00, 0x01, 0x00, 0x02, 0x00, 0x03, 0x03, 0x00, 0x00,
 	0x00,
 }

@@ -22,10 +22,10 @@ const (
 
 // needReady has the flags that make no sense in the record of a VF that is not
 // ready.
-const needReady = hasMAC | hasMaxFrame | hasLastVLAN | hasMulticast | hasPromisc
+const needReady = hasMAC | hasLastVLAN | hasMulticast | hasPromisc
 
-// Marshal encodes the record: version, flags, further addresses, and if it is
-// ready everything else in fixed order, big-endian. Equal records have equal
+// Marshal encodes the record: version, flags, what is kept across resets, and
+// if it is ready everything else in fixed order, big-endian. Equal records have equal
 // encodings, of at most some 9 KiB.
 func (l *Log) Marshal() []byte {
 	be := binary.BigEndian
@@ -49,14 +49,14 @@ func (l *Log) Marshal() []byte {
 	for _, m := range l.filters {
 		b = append(b, m[:]...)
 	}
+	if l.maxFrame != nil {
+		b = be.AppendUint32(b, *l.maxFrame)
+	}
 	if !l.ready {
 		return b
 	}
 	if l.mac != nil {
 		b = append(b, l.mac[:]...)
-	}
-	if l.maxFrame != nil {
-		b = be.AppendUint32(b, *l.maxFrame)
 	}
 	if l.lastVLAN != nil {
 		b = be.AppendUint16(b, *l.lastVLAN)
@@ -157,6 +157,9 @@ func unmarshalLog(b []byte) (*Log, error) {
 		m := mac(r.take(6))
 		l.filters = append(l.filters, m)
 	}
+	if flags&hasMaxFrame != 0 {
+		l.maxFrame = new(r.word())
+	}
 	if l.ready = flags&isReady != 0; l.ready {
 		l.read(r, flags)
 	}
@@ -173,9 +176,6 @@ func unmarshalLog(b []byte) (*Log, error) {
 func (l *Log) read(r *reader, flags byte) {
 	if flags&hasMAC != 0 {
 		l.mac = new(mac(r.take(6)))
-	}
-	if flags&hasMaxFrame != 0 {
-		l.maxFrame = new(r.word())
 	}
 	if flags&hasLastVLAN != 0 {
 		l.lastVLAN = new(r.short())

@@ -13,27 +13,22 @@ const resetName = "CTRL.RST"
 
 // Replay lists the messages that bring the PF of a VF that was just reset to
 // the recorded state. Without a RESET it answers nothing. If the guest has
-// reset the VF and completed no RESET since, all the PF still does for it is
-// to filter for further addresses.
+// reset the VF and completed no RESET since, what the PF keeps is all.
 func (l *Log) Replay() []family.Message {
+	kept := l.replayKept()
 	switch {
-	case !l.ready && len(l.filters) == 0:
+	case !l.ready && len(kept) == 0:
 		return nil
 	case !l.ready:
-		return append(append(messages{anyVerdict("RESET", MsgReset)}, l.replayFilters()...), family.Message{Name: resetName})
+		return append(append(messages{anyVerdict("RESET", MsgReset)}, kept...), family.Message{Name: resetName})
 	}
-	var list messages
-	list = append(list, l.replayAddress()...)
-	list = append(list, l.replayFilters()...)
+	list := append(l.replayAddress(), kept...)
 	list = append(list, l.replayVLANs()...)
 	if l.multicast != nil {
 		list.add("SET_MULTICAST", l.multicastWords()...)
 	}
 	if l.promisc != nil {
 		list = append(list, l.promisc.replay())
-	}
-	if l.maxFrame != nil {
-		list.add("SET_LPE", MsgSetLPE, *l.maxFrame)
 	}
 	return list
 }
@@ -111,11 +106,14 @@ func clearFilters(m *mac) []uint32 {
 	return []uint32{MsgSetMAC | MACFilterClear<<MsgInfoShift, low, high}
 }
 
-func (l *Log) replayFilters() (list messages) {
-	if len(l.filters) == 0 {
-		return nil
+// replayKept has the PF do what no reset undoes.
+func (l *Log) replayKept() (list messages) {
+	if l.maxFrame != nil {
+		list.add("SET_LPE", MsgSetLPE, *l.maxFrame)
 	}
-	list.add("SET_MAC_ADDR, clear filters", clearFilters(l.mac)...)
+	if len(l.filters) > 0 {
+		list.add("SET_MAC_ADDR, clear filters", clearFilters(l.mac)...)
+	}
 	for _, m := range l.filters {
 		low, high := macWords(m)
 		list.add("SET_MAC_ADDR, add filter", MsgSetMAC|MACFilterAdd<<MsgInfoShift, low, high)
