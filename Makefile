@@ -103,6 +103,10 @@ kube:
 kubevirt-crds:
 	@hack/kubevirt-crds/build
 
+.PHONY: kubevirt
+kubevirt: guest kube ## Make what a Kubernetes with real nodes and KubeVirt consists of (half an hour if nothing is cached).
+	@hack/kubevirt/build
+
 .PHONY: demo
 demo: artifacts compsc-demo ## Move a running VM with its VF between two simulated nodes (as root); HOPS=n for n moves.
 	@bin/compsc-demo demo --hops $(HOPS)
