@@ -62,8 +62,9 @@ type Lab struct {
 
 	rootLink string
 
-	mu    sync.Mutex
-	procs map[*Process]struct{}
+	mu      sync.Mutex
+	procs   map[*Process]struct{}
+	cgroups bool // whether there may be control groups
 }
 
 // Node is one node of a lab.
@@ -211,6 +212,9 @@ func (l *Lab) Close() error {
 	}
 	if l.Hub != nil {
 		errs = append(errs, l.Hub.close())
+	}
+	if l.cgroups {
+		errs = append(errs, removeCgroups(l.ID))
 	}
 	return errors.Join(append(errs, os.RemoveAll(l.Dir))...)
 }

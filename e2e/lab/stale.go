@@ -95,7 +95,7 @@ func removeLab(id string) error {
 		// namespace's addresses at once.
 		errs = append(errs, dropLinks(n), netns.DeleteNamed(n))
 	}
-	return errors.Join(append(errs, os.RemoveAll(dir))...)
+	return errors.Join(append(errs, removeCgroups(id), os.RemoveAll(dir))...)
 }
 
 func dropLinks(name string) error {

@@ -1,6 +1,7 @@
-// Package pki makes the certificate authority and the certificates that the
-// agents of a lab authenticate each other with. In production cert-manager
-// or the cluster's own authority does this.
+// Package pki makes certificate authorities and certificates: those that the
+// agents of a lab authenticate each other with, which in production
+// cert-manager or the cluster's own authority makes, and those of the control
+// plane of a lab with real nodes.
 package pki
 
 import (
@@ -60,28 +61,32 @@ func New() (*Authority, error) {
 }
 
 // Issue writes into dir the certificate of the node's agent: server and
-// client, with the node's SPIFFE identity spiffe://compsc.io/node/NAME.
+// client, with the node's SPIFFE identity spiffe://compsc.io/node/NAME. The
+// files have the names of a TLS secret's keys: tls.crt, tls.key and ca.crt.
 func (a *Authority) Issue(dir, node string, ip netip.Addr) (Files, error) {
+	return a.Certify(dir, "tls", &x509.Certificate{
+		Subject:     pkix.Name{CommonName: "compsc-agent " + node},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		URIs:        []*url.URL{{Scheme: "spiffe", Host: "compsc.io", Path: "/node/" + node}},
+		DNSNames:    []string{node},
+		IPAddresses: []net.IP{ip.AsSlice()},
+	})
+}
+
+// Certify writes into dir a certificate made from the template, its key and
+// the authority's certificate, as name.crt, name.key and ca.crt. Of the
+// template it uses the subject, the alternative names and the extended usage.
+func (a *Authority) Certify(dir, name string, template *x509.Certificate) (Files, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return Files{}, err
 	}
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
+	t := *template
+	if t.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127)); err != nil {
 		return Files{}, err
 	}
-	template := &x509.Certificate{
-		SerialNumber: serial,
-		Subject:      pkix.Name{CommonName: "compsc-agent " + node},
-		NotBefore:    a.cert.NotBefore,
-		NotAfter:     a.cert.NotAfter,
-		KeyUsage:     x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		URIs:         []*url.URL{{Scheme: "spiffe", Host: "compsc.io", Path: "/node/" + node}},
-		DNSNames:     []string{node},
-		IPAddresses:  []net.IP{ip.AsSlice()},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
+	t.NotBefore, t.NotAfter, t.KeyUsage = a.cert.NotBefore, a.cert.NotAfter, x509.KeyUsageDigitalSignature
+	der, err := x509.CreateCertificate(rand.Reader, &t, a.cert, key.Public(), a.key)
 	if err != nil {
 		return Files{}, err
 	}
@@ -93,7 +98,7 @@ func (a *Authority) Issue(dir, node string, ip netip.Addr) (Files, error) {
 		return Files{}, err
 	}
 	f := Files{
-		Cert: filepath.Join(dir, "tls.crt"), Key: filepath.Join(dir, "tls.key"), CA: filepath.Join(dir, "ca.crt"),
+		Cert: filepath.Join(dir, name+".crt"), Key: filepath.Join(dir, name+".key"), CA: filepath.Join(dir, "ca.crt"),
 	}
 	for path, block := range map[string]*pem.Block{
 		f.Cert: {Type: "CERTIFICATE", Bytes: der},
@@ -101,7 +106,7 @@ func (a *Authority) Issue(dir, node string, ip netip.Addr) (Files, error) {
 		f.CA:   {Type: "CERTIFICATE", Bytes: a.cert.Raw},
 	} {
 		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
-			return Files{}, fmt.Errorf("certificate of node %s: %w", node, err)
+			return Files{}, fmt.Errorf("certificate of %s: %w", t.Subject.CommonName, err)
 		}
 	}
 	return f, nil

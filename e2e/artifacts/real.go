@@ -1,0 +1,63 @@
+package artifacts
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// Real is what a Kubernetes with real nodes and KubeVirt consists of, made by
+// hack/kubevirt.
+type Real struct {
+	// Repository is the root of the source tree.
+	Repository string
+	// ControlPlane is the directory of etcd, kube-apiserver and kubectl,
+	// Programs that of the rest of Kubernetes.
+	ControlPlane, Programs string
+	// NodeTree is a root directory with containerd, runc and CNI plugins.
+	NodeTree string
+	// Images are archives of container images.
+	Images []string
+	// KubeVirt and Multus are the manifests that install them.
+	KubeVirt, Multus string
+}
+
+// FindReal returns the artefacts' places, or says which are missing. It heeds
+// the same environment variables as Find.
+func FindReal() (Real, error) {
+	root, err := repository()
+	if err != nil {
+		return Real{}, err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return Real{}, err
+	}
+	r := Real{
+		Repository:   root,
+		ControlPlane: or(os.Getenv("KUBEBUILDER_ASSETS"), filepath.Join(cache, "kube", "bin")),
+		Programs:     filepath.Join(cache, "kube-node", "bin"),
+		NodeTree:     filepath.Join(cache, "kubevirt-node"),
+		KubeVirt:     filepath.Join(cache, "kubevirt", "operator.yaml"),
+		Multus:       filepath.Join(cache, "multus", "daemonset.yaml"),
+	}
+	var missing []error
+	for _, p := range []*string{&r.ControlPlane, &r.Programs, &r.NodeTree, &r.KubeVirt, &r.Multus} {
+		if *p, err = filepath.Abs(*p); err == nil {
+			*p, err = filepath.EvalSymlinks(*p)
+		}
+		if err != nil {
+			missing = append(missing, err)
+		}
+	}
+	if r.Images, err = filepath.Glob(filepath.Join(cache, "kubevirt-images", "*.tar")); err != nil || len(r.Images) == 0 {
+		missing = append(missing, errors.Join(err, errors.New("no images in "+filepath.Join(cache, "kubevirt-images"))))
+	}
+	slices.Sort(r.Images)
+	if len(missing) > 0 {
+		return Real{}, fmt.Errorf("something to run with is missing, `make kubevirt` builds it: %w", errors.Join(missing...))
+	}
+	return r, nil
+}
