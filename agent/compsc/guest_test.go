@@ -27,6 +27,8 @@ func TestGuestAccessIsConfined(t *testing.T) {
 		{"unknown register", 0x0ff0, 5, 9, 9, 0},
 		{"queue the VF does not have", ixgbevf.VFRDBAL(2), 0x80, 9, 9, 0},
 		{"unaligned", ixgbevf.VFRDBAL(0) + 1, 5, 9, 9, 0},
+		{"behind the last register", ixgbevf.BARSize, 5, 9, 9, 0},
+		{"far behind it", 0xfffffffc, 5, 9, 9, 0},
 		{"read-only", ixgbevf.VFLINKS, 5, 0x70000080, 0x70000080, 0x70000080},
 		{"counter", ixgbevf.VFGPRC, 5, 42, 42, 42},
 		{"bits that do not exist", ixgbevf.VFRDLEN(0), 0xffffffff, 0, 0x000fff80, 0x000fff80},

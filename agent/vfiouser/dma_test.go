@@ -240,7 +240,9 @@ func TestUnreadClient(t *testing.T) {
 	if !errors.Is(err, ErrNotConnected) {
 		t.Errorf("posting to a client that does not read: %v", err)
 	}
-	wait(t, dev.gone)
+	if err := wait(t, dev.gone); err == nil {
+		t.Error("the session's end is reported as the client's own")
+	}
 }
 
 // BenchmarkPostWrite marks 500 pages, one byte each, and fences once, which is
