@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -23,6 +24,10 @@ type figure struct {
 	Low     float64 `json:"low"`
 	High    float64 `json:"high"`
 	Best    float64 `json:"best"`
+	// MedianLow and MedianHigh hold what the median would be of samples without
+	// end, with a confidence of 95 %.
+	MedianLow  float64 `json:"medianLow"`
+	MedianHigh float64 `json:"medianHigh"`
 	Samples int     `json:"samples"`
 	// Target is what is asked for; nil for a figure that is only told.
 	Target *target `json:"target,omitempty"`
@@ -64,6 +69,10 @@ func (r *report) add(section, name, unit string, samples []float64) *figure {
 	s := slices.Sorted(slices.Values(samples))
 	f := &figure{Section: section, Name: name, Unit: unit, Median: quantile(s, 0.5), Low: quantile(s, 0.25), High: quantile(s, 0.75),
 		Best: s[0], Samples: len(s)}
+	// The ranks of a binomial distribution's middle 95 %.
+	n := float64(len(s))
+	half := 0.98 * math.Sqrt(n)
+	f.MedianLow, f.MedianHigh = s[max(0, int(n/2-half))], s[min(len(s)-1, int(math.Ceil(n/2+half)))]
 	r.Figures = append(r.Figures, f)
 	return f
 }
@@ -128,6 +137,12 @@ func number(v float64) string {
 	return fmt.Sprintf("%.3f", v)
 }
 
+// undecided tells that the noise of this run hides whether the target is met.
+func (f *figure) undecided() bool {
+	limit := f.Target.Below + f.Target.Above // one of them is 0
+	return f.MedianLow < limit && limit < f.MedianHigh
+}
+
 // print shows the figures as a table by section.
 func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "%s, %s. Medians, with quartiles.\n", r.Machine, r.Go)
@@ -146,6 +161,9 @@ func (r *report) print(w io.Writer) {
 			verdict = f.Target.String() + ": met"
 			if !f.Target.Met {
 				verdict = f.Target.String() + ": MISSED"
+			}
+			if f.undecided() {
+				verdict += fmt.Sprintf(", within the noise (95 %%: %s .. %s)", number(f.MedianLow), number(f.MedianHigh))
 			}
 		}
 		fmt.Fprintf(t, "  %s\t%s\t%s\t%s\t%s\n", f.Name, number(f.Median)+" "+f.Unit, spread, verdict, f.Note)
