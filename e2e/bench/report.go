@@ -21,14 +21,14 @@ type figure struct {
 	Unit    string  `json:"unit"`
 	Median  float64 `json:"median"`
 	// Low and High are the quartiles of the samples, Best the best sample.
-	Low     float64 `json:"low"`
-	High    float64 `json:"high"`
-	Best    float64 `json:"best"`
+	Low  float64 `json:"low"`
+	High float64 `json:"high"`
+	Best float64 `json:"best"`
 	// MedianLow and MedianHigh hold what the median would be of samples without
 	// end, with a confidence of 95 %.
 	MedianLow  float64 `json:"medianLow"`
 	MedianHigh float64 `json:"medianHigh"`
-	Samples int     `json:"samples"`
+	Samples    int     `json:"samples"`
 	// Target is what is asked for; nil for a figure that is only told.
 	Target *target `json:"target,omitempty"`
 	Note   string  `json:"note,omitempty"`
