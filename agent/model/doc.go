@@ -6,10 +6,11 @@
 // package learns from it how a VF behaves.
 //
 // Facts come from these sources, named in brackets below: the Intel 82599
-// datasheet where the tables of others transcribe it [D], with the number of
-// the section that a behaviour belongs to but not by its words, its specification
+// datasheet where the tables of others transcribe it [D], its specification
 // update 3.1 of March 2014 [SU], the ixgbevf drivers of Linux and of Intel [V],
-// their PF driver ixgbe, above all ixgbe_sriov.c [P], the DPDK drivers [K].
+// their PF driver ixgbe, above all ixgbe_sriov.c [P], the DPDK drivers [K]. The
+// text of the datasheet was not at hand: the number of a section tells where to
+// compare a behaviour with it, not that this was done.
 //
 // # Reproduced
 //
@@ -48,14 +49,13 @@
 // Receive-side coalescing [D, 7.11; K and Linux's ixgbe for the descriptors],
 // where Config.Coalescing has the PF allow it and VFRSCCTL.RSCEN asks for it:
 // segments of TCP over IPv4 without options but the time stamp, with ACK and
-// PSH alone, right checksums and payload, whose VLAN tag if any was stripped, are
-// put together in the order of their sequence numbers, in up to
-// VFRSCCTL.MAXDESC descriptors, with RSCCNT in each and NEXTP in all but the
-// last. A frame is whole when a segment has PSH or does not follow, when
-// descriptors end, when its queue is turned off, and at the latest with the
-// interrupt of its queue. The IP header gets the length of all, as Linux's
-// driver hands it on unseen to a stack that checks it. X550 VFs and later are no
-// different here.
+// PSH alone, right checksums and payload, whose VLAN tag if any was stripped,
+// are put together in the order of their sequence numbers, in as many
+// descriptors as VFRSCCTL.MAXDESC allows, with RSCCNT in each and NEXTP in all
+// but the last. A frame is whole when a segment has PSH or does not follow,
+// when descriptors run out, when its queue is turned off, and at the latest
+// with the interrupt of its queue. The IP header gets the length of all: the
+// Linux driver hands it on as it is to a stack that checks it.
 //
 // Members: VFRXDCTL.RLPML of an X540 and its successors, and no jumbo rule for
 // them; the VF's own RSS key and table of an X550 and its successors [V, P].
@@ -109,13 +109,15 @@
 //     register is there, but Linux's PF driver sets RFCTL.RSC_DIS for the whole
 //     device while it has VFs [P], and DPDK counts on coalescing only without
 //     SR-IOV [K].
-//   - Coalescing: RSCCNT of a descriptor counts the segments with octets in it,
-//     so that no descriptor with NEXTP has 0, by which drivers know NEXTP; at 15
-//     the frame is whole. 32 frames at once, over all queues. Acknowledgement
-//     number, as RDRXCTL.RSCACKC is set, must be that of the first segment; its
-//     window, time stamp and TCP checksum stay as they are. A first segment with
-//     padding is not coalesced. Without an interval of VTEITR that runs each
-//     segment is a frame of its own; VTRSCINT is storage.
+//   - Which segments are coalesced, and what ends a frame: drivers show only
+//     what comes of it. RSCCNT of a descriptor counts the segments with octets
+//     in it, so that no descriptor with NEXTP has 0, by which drivers know
+//     NEXTP; at 15 the frame is whole. 32 frames at once, over all queues. The
+//     acknowledgement number must be that of the first segment, as
+//     RDRXCTL.RSCACKC is set; window, time stamp and TCP checksum stay the
+//     first one's. A first segment with padding is not coalesced. Without an
+//     interval of VTEITR that runs each segment is a frame of its own; VTRSCINT
+//     is storage.
 //   - Descriptors that a coalesced frame goes beyond are written back at once,
 //     but all descriptors in the order of the ring. A reset drops what is not
 //     written back.
