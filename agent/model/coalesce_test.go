@@ -310,6 +310,41 @@ func TestCoalescingInterleaved(t *testing.T) {
 	}
 }
 
+// One interrupt tells of what all queues of a vector have put together: after
+// it nothing is left for another.
+func TestCoalescingQueuesShareAnInterrupt(t *testing.T) {
+	d, c := newCoalescing(t, rsc16, 1<<srrctlDescShift, 1024)
+	d.v.Write(ixgbevf.VFRSCCTL(1), rsc16)
+	d.v.Write(ixgbevf.VFPSRTYPE, 1<<psrtypeRQPL)
+	d.v.Write(ixgbevf.VTIVAR(0), 0x80*0x010101)
+	d.v.Write(ixgbevf.VTEIAC, 1)
+	d.v.Write(ixgbevf.VTEIAM, 1)
+	heads := func() (n int) {
+		for q := range 2 {
+			if d.v.Read(ixgbevf.VFRDH(q)) > uint32(1-q) { // the first frame came to queue 0
+				n++
+			}
+		}
+		return n
+	}
+	for port := range uint16(16) {
+		for _, s := range stream(port, 100, 100) {
+			d.v.Receive(s.frame())
+		}
+	}
+	if n := heads(); n != 0 {
+		t.Fatalf("%d queues give something back before the interval ends", n)
+	}
+	c.Advance(coalescingInterval)
+	if n := heads(); n != 2 {
+		t.Fatalf("%d queues have received something, want both", n)
+	}
+	d.wantInterrupts(1, "at the end of the interval")
+	if cause := d.v.Read(ixgbevf.VTEICR); cause != 0 {
+		t.Errorf("causes %#x are left", cause)
+	}
+}
+
 // Without an interval that runs, or a vector, every segment is one frame: none
 // waits for what may never come.
 func TestCoalescingNeedsAnInterval(t *testing.T) {

@@ -101,17 +101,23 @@ func (v *VF) intervalEnds(n int) {
 	case v.throttled(n):
 		v.awaitInterval(n)
 	default:
+		// One interrupt tells of what all queues have put together.
+		vectors := uint32(0)
 		for q := range v.rx {
-			if len(v.rx[q].active) > 0 {
-				v.completeDue(q)
-				v.writeBackRX(q)
+			if len(v.rx[q].active) == 0 {
+				continue
+			}
+			v.completeDue(q)
+			if at := v.vectorOf(q, false); v.flushRX(q) && at >= 0 {
+				vectors |= 1 << at
 			}
 		}
-		// An interrupt of these has started the next interval.
-		if v.throttles[n].due && !v.throttled(n) {
-			v.throttles[n].due = false
-			v.deliver(1 << n)
+		v.regs[ixgbevf.VTEICR/4] |= vectors
+		if t.due {
+			t.due = false
+			vectors |= 1 << n
 		}
+		v.deliver(vectors)
 	}
 }
 

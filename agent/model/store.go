@@ -120,9 +120,16 @@ func (v *VF) scatter(s *rxSlot, header, rest []byte) bool {
 	return len(rest) == 0 || v.dma(v.mem.WriteAt(s.packet, rest))
 }
 
-// writeBackRX writes descriptors back that are ready, in the order of the
-// ring, and tells the guest.
+// writeBackRX writes back what is ready, and tells the guest.
 func (v *VF) writeBackRX(q int) {
+	if v.flushRX(q) {
+		v.queueCause(q, false)
+	}
+}
+
+// flushRX writes descriptors back that are ready, in the order of the ring,
+// and reports whether there were any.
+func (v *VF) flushRX(q int) bool {
 	queue := &v.rx[q]
 	done := 0
 	r := v.ringAt(ixgbevf.VFRDBAL(q))
@@ -136,13 +143,13 @@ func (v *VF) writeBackRX(q int) {
 		}
 	}
 	if done == 0 {
-		return
+		return false
 	}
 	v.regs[ixgbevf.VFRDH(q)/4] = r.after(done)
 	if queue.used = queue.used[done:]; len(queue.used) == 0 {
 		queue.used = nil
 	}
-	v.queueCause(q, false)
+	return true
 }
 
 // writeBack makes the descriptor of n bytes of a frame.
