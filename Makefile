@@ -69,12 +69,17 @@ FUZZTIME_VFIOUSER ?= 60s
 fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for FUZZTIME_VFIOUSER.
 	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz
 
+.PHONY: e2e-sriov
+e2e-sriov: qemu-tree sriov-node ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root).
+	@hack/test sriov $(TESTFLAGS)
+
 .PHONY: test
-test: ## Run all tests: unit, fuzz, apiserver, qemu.
+test: ## Run all tests: unit, fuzz, apiserver, qemu, e2e-sriov.
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory fuzz
 	@$(MAKE) --no-print-directory apiserver
 	@$(MAKE) --no-print-directory qemu
+	@$(MAKE) --no-print-directory e2e-sriov
 
 .PHONY: bench
 bench: ## Measure what it costs: switchover, register accesses, packet rate; also in out/bench.json.
@@ -90,6 +95,10 @@ qemu-tree:
 .PHONY: guest
 guest:
 	@hack/guest
+
+.PHONY: sriov-node
+sriov-node:
+	@hack/sriov-node
 
 .PHONY: ipxe
 ipxe:

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/e2e/guest/proto"
+	"compsc.io/compsc/e2e/pid1"
 	"compsc.io/compsc/e2e/stream"
 )
 
@@ -46,7 +47,7 @@ type guestStream struct {
 
 // start brings up the network and the services on it.
 func (g *guest) start() error {
-	if err := loadModules("/modules"); err != nil {
+	if err := pid1.LoadModules(nil); err != nil {
 		return err
 	}
 	// Before the network: whoever reaches the address finds the port open.

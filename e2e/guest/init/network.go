@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"compsc.io/compsc/e2e/pid1"
 )
 
 // netDevice is a network interface that is a PCI device.
@@ -147,10 +149,7 @@ func reload(device netDevice) error {
 	if err := unix.DeleteModule(device.driver, 0); err != nil {
 		return fmt.Errorf("removing module %s: %w", device.driver, err)
 	}
-	if err := loadModule("/modules/" + device.driver + ".ko"); err != nil {
-		return fmt.Errorf("loading module %s: %w", device.driver, err)
-	}
-	return nil
+	return pid1.LoadModule(device.driver)
 }
 
 // interrupts sums up the lines of /proc/interrupts whose names speak of one of

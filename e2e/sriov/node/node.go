@@ -1,0 +1,188 @@
+// Package node runs a virtual machine that plays a node with SR-IOV cards:
+// QEMU's igb, which emulates Intel's 82576 with its VFs, behind an emulated
+// Intel IOMMU. In it the kernel's own drivers of card, IOMMU and VFIO run, and
+// one program, typically the binary of a Go test.
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"compsc.io/compsc/e2e/sriov/job"
+)
+
+// PFs is how many cards a node has: a VF's state is to move to a VF of
+// another.
+const PFs = 2
+
+// Config describes a node and its job.
+type Config struct {
+	// QEMU is a root directory with QEMU; the node finds it at job.TreeDir.
+	QEMU string
+	// Kernel and Initrd are what the node boots.
+	Kernel, Initrd string
+	// Memory is in MiB.
+	Memory int
+	// KVM gives the node's processors what KVM needs.
+	KVM bool
+	// Uplinks are the -netdev options, without their id, of the wires of the
+	// node's cards. Without, all are on one wire that leads nowhere else.
+	Uplinks []string
+	// Files are put into job.Dir: paths by name.
+	Files map[string]string
+	// Job is the program to run.
+	Job job.Job
+	// Output gets what it prints, as it comes.
+	Output io.Writer
+}
+
+// Node is a running node.
+type Node struct {
+	dir    string
+	qemu   *exec.Cmd
+	errs   strings.Builder
+	copied chan error // gets one value when all output was copied
+}
+
+// Start starts the node. It ends with its program, with this process, or with
+// ctx. The caller must Wait for it.
+func Start(ctx context.Context, c Config) (_ *Node, err error) {
+	dir, err := os.MkdirTemp(filepath.Join(c.QEMU, "tmp"), "node-")
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{dir: dir, copied: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	if err := n.fill(c); err != nil {
+		return nil, err
+	}
+	// The program is looked up inside the new root.
+	n.qemu = exec.CommandContext(ctx, "/usr/bin/qemu-system-x86_64", c.arguments(strings.TrimPrefix(dir, filepath.Clean(c.QEMU)))...)
+	n.qemu.Dir = "/"
+	n.qemu.SysProcAttr = &syscall.SysProcAttr{Chroot: c.QEMU, Pdeathsig: syscall.SIGKILL}
+	n.qemu.Stdout, n.qemu.Stderr = &n.errs, &n.errs
+	n.qemu.WaitDelay = 5 * time.Second
+	// A file, for QEMU takes a port for closed when its standard input ends.
+	from, to, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer to.Close()
+	n.qemu.ExtraFiles = []*os.File{to}
+	if err := n.qemu.Start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("QEMU: %w", err), from.Close())
+	}
+	go func() {
+		_, err := io.Copy(c.Output, from)
+		n.copied <- errors.Join(err, from.Close())
+	}()
+	return n, nil
+}
+
+// fill puts what the node reads into its directory, which is below QEMU's root.
+func (n *Node) fill(c Config) error {
+	if err := os.Mkdir(filepath.Join(n.dir, "job"), 0o755); err != nil {
+		return err
+	}
+	encoded, err := json.Marshal(c.Job)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(n.dir, "job", job.File), encoded, 0o644); err != nil {
+		return err
+	}
+	for name, path := range c.Files {
+		if err := place(path, filepath.Join(n.dir, "job", name)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(place(c.Kernel, filepath.Join(n.dir, "vmlinuz")), place(c.Initrd, filepath.Join(n.dir, "initrd")))
+}
+
+// place copies a file.
+func place(from, to string) error {
+	source, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	info, err := source.Stat()
+	if err != nil {
+		return err
+	}
+	target, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, info.Mode().Perm())
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(target, source)
+	return errors.Join(err, target.Close())
+}
+
+// arguments are those of QEMU; dir is the node's directory inside QEMU's root.
+func (c Config) arguments(dir string) []string {
+	cpu := "qemu64,+x2apic"
+	if c.KVM {
+		cpu = "max,+svm,+npt"
+	}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+		"-machine", "q35", "-cpu", cpu, "-smp", "2", "-m", fmt.Sprintf("%dM", c.Memory),
+		"-accel", "tcg,thread=multi",
+		"-device", "intel-iommu,intremap=on,caching-mode=off",
+		"-kernel", dir + "/vmlinuz", "-initrd", dir + "/initrd",
+		"-append", "console=ttyS0 panic=-1 nokaslr mitigations=off intel_iommu=on log_buf_len=4M",
+		"-serial", "file:" + dir + "/console",
+		"-device", "virtio-serial-pci",
+		"-add-fd", "fd=3,set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on", "-device", "virtserialport,chardev=output,name=" + job.OutputPort,
+		"-chardev", "file,id=status,path=" + dir + "/status", "-device", "virtserialport,chardev=status,name=" + job.StatusPort,
+		"-virtfs", "local,id=job,path=" + dir + "/job,mount_tag=" + job.DirTag + ",security_model=none,readonly=on",
+		"-virtfs", "local,id=tree,path=/,mount_tag=" + job.TreeTag + ",security_model=none,readonly=on",
+	}
+	for i := range PFs {
+		uplink := "hubport,hubid=0"
+		if i < len(c.Uplinks) {
+			uplink = c.Uplinks[i]
+		}
+		args = append(args,
+			"-device", fmt.Sprintf("pcie-root-port,id=port%d,chassis=%d,slot=%d,bus=pcie.0", i, i+1, i+1),
+			"-netdev", fmt.Sprintf("%s,id=uplink%d", uplink, i),
+			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:00:%02x,romfile=", i, i, i+1))
+	}
+	return args
+}
+
+// Wait waits until the node has ended, and removes what it left. The error is
+// nil if the node's program ran and was watched, however it ended.
+func (n *Node) Wait() (job.Status, error) {
+	end := errors.Join(n.qemu.Wait(), <-n.copied)
+	s, err := n.status()
+	if err != nil {
+		console, _ := os.ReadFile(filepath.Join(n.dir, "console"))
+		err = fmt.Errorf("the node ended (%v) without a status: %w\n%s\nend of its console:\n%s",
+			end, err, n.errs.String(), console[max(0, len(console)-8<<10):])
+	}
+	return s, errors.Join(err, os.RemoveAll(n.dir))
+}
+
+func (n *Node) status() (job.Status, error) {
+	encoded, err := os.ReadFile(filepath.Join(n.dir, "status"))
+	if err != nil {
+		return job.Status{}, err
+	}
+	var s job.Status
+	err = json.Unmarshal(encoded, &s)
+	return s, err
+}
