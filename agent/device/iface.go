@@ -29,6 +29,8 @@ type iface struct {
 	server *vfiouser.Server
 	memory vfiouser.Memory
 	pages  dirty.Set
+	// dma keeps what the VF reaches in step with memory. Taken before mu.
+	dma sync.Mutex
 
 	// driverSeen turns true with the guest's first access after watchDriver.
 	driverSeen atomic.Bool
@@ -98,6 +100,12 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
+	i.dma.Lock()
+	defer i.dma.Unlock()
+	if err := i.reachAll(s); err != nil {
+		s.Close()
+		return fmt.Errorf("VF %s: %w", h.VF, err)
+	}
 	vf := &attachedVF{handoff: h, device: dt, silicon: s}
 	vf.engine = compsc.New(dt.family, s, compsc.Options{
 		VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Scratch: s.Scratch(), Logger: i.log})
@@ -129,10 +137,10 @@ func (i *iface) epoch() uint64 {
 // close ends the VF's use: nothing is enabled afterwards.
 func (i *iface) close() {
 	i.silence()
+	i.disconnectVectors()
 	if vf := i.get(); vf != nil {
 		vf.silicon.Close()
 	}
-	i.disconnectVectors()
 	if err := i.memory.Close(); err != nil {
 		i.log.Error("guest memory stays mapped", "error", err)
 	}
@@ -218,6 +226,10 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 		return err
 	}
 	vf.caps = caps
+	// Where heads cannot be written the guest's rings may not be the device's.
+	if err := vf.silicon.Forward(!caps.WritableRXHeads || !caps.WritableTXHeads); err != nil {
+		return err
+	}
 	return compsc.CheckSummary(dt.family, summaryOf(src), src.NeedsHeadRestore, caps)
 }
 
@@ -268,17 +280,23 @@ func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRest
 	if err != nil {
 		return nil, err
 	}
+	reply := &pb.InterfaceRestore{
+		Name:               i.cfg.Name,
+		ReplayedOperations: uint32(r.ReplayedOperations),
+		HeadsStrategy:      r.HeadsStrategy,
+	}
 	if mac := vf.engine.Summary().MAC; len(mac) == 6 {
-		if err := vf.silicon.Announce(announcement(mac)); err != nil {
+		frame := announcement(mac)
+		err := vf.silicon.Announce(frame)
+		switch {
+		case errors.Is(err, errPFAnnounces):
+			reply.Announcement = frame
+		case err != nil:
 			// The guest's first frame will tell as well.
 			i.log.Warn("the MAC could not be announced", "error", err)
 		}
 	}
-	return &pb.InterfaceRestore{
-		Name:               i.cfg.Name,
-		ReplayedOperations: uint32(r.ReplayedOperations),
-		HeadsStrategy:      r.HeadsStrategy,
-	}, nil
+	return reply, nil
 }
 
 // markPages has QEMU mark each page that the device wrote as dirty, by
@@ -287,9 +305,9 @@ func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRest
 func (i *iface) markPages(ctx context.Context) (uint64, error) {
 	var n uint64
 	var b [1]byte
-	pages := i.pages.Addresses()
-	if len(pages) == 0 {
-		return 0, nil
+	pages, err := i.written()
+	if err != nil || len(pages) == 0 {
+		return 0, err
 	}
 	for _, addr := range pages {
 		if err := i.memory.ReadAt(addr, b[:]); err != nil {
@@ -398,6 +416,11 @@ func (i *iface) fireAll() {
 func (i *iface) disconnectVectors() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if i.vf != nil {
+		if err := i.vf.silicon.DisconnectAll(); err != nil {
+			i.log.Error("the VF's vectors stay connected", "error", err)
+		}
+	}
 	for v, fd := range i.vectors {
 		if fd != nil {
 			fd.Close()
@@ -437,7 +460,8 @@ func (i *iface) Connected() {
 func (i *iface) Disconnected(reason error) {
 	i.log.Info("QEMU disconnected", "reason", reason)
 	i.disconnectVectors()
-	if err := i.memory.Unmap(vfiouser.DMAUnmap{All: true}); err != nil {
+	i.silence() // before the VF's memory goes
+	if err := i.DMAUnmap(vfiouser.DMAUnmap{All: true}); err != nil {
 		i.log.Error("guest memory stays mapped", "error", err)
 	}
 	i.p.disconnected(i)
@@ -519,13 +543,17 @@ func eachDword(off uint64, p []byte, f func(off uint32, b []byte)) error {
 	return nil
 }
 
+func closeEventfds(list []*vfiouser.Eventfd) {
+	for _, fd := range list {
+		fd.Close()
+	}
+}
+
 // SetIRQs implements vfiouser.Device.
 func (i *iface) SetIRQs(r vfiouser.IRQRequest) error {
 	if r.Index != vfiouser.IRQIndexMSIX {
 		// Error and request interrupts are never raised.
-		for _, fd := range r.Eventfds {
-			fd.Close()
-		}
+		closeEventfds(r.Eventfds)
 		return nil
 	}
 	i.mu.Lock()
@@ -533,24 +561,38 @@ func (i *iface) SetIRQs(r vfiouser.IRQRequest) error {
 	start, end := int(r.Start), int(r.Start)+int(r.Count)
 	if r.Op == vfiouser.IRQDisable {
 		start, end = 0, len(i.vectors)
+		if i.vf != nil {
+			if err := i.vf.silicon.DisconnectAll(); err != nil {
+				return err
+			}
+		}
 	}
 	if end > len(i.vectors) {
-		for _, fd := range r.Eventfds {
-			fd.Close()
-		}
+		closeEventfds(r.Eventfds)
 		return fmt.Errorf("vectors %d to %d, the VF has %d", start, end-1, len(i.vectors))
 	}
 	for v := start; v < end; v++ {
 		switch r.Op {
 		case vfiouser.IRQAssign, vfiouser.IRQDeassign, vfiouser.IRQDisable:
-			if old := i.vectors[v]; old != nil {
+			old := i.vectors[v]
+			i.vectors[v] = nil
+			if r.Op == vfiouser.IRQAssign {
+				i.vectors[v] = r.Eventfds[v-start]
+			}
+			var err error
+			if r.Op != vfiouser.IRQDisable {
+				err = i.vf.silicon.Connect(v, i.vectors[v])
+			}
+			if old != nil {
 				old.Close()
-				i.vectors[v] = nil
+			}
+			if err != nil {
+				closeEventfds(r.Eventfds[min(v-start+1, len(r.Eventfds)):])
+				return err
 			}
 			if r.Op != vfiouser.IRQAssign {
 				continue
 			}
-			i.vectors[v] = r.Eventfds[v-start]
 			if i.missed[v] {
 				i.missed[v] = false
 				if err := i.vectors[v].Signal(); err != nil {
@@ -567,9 +609,3 @@ func (i *iface) SetIRQs(r vfiouser.IRQRequest) error {
 	}
 	return nil
 }
-
-// DMAMap implements vfiouser.Device.
-func (i *iface) DMAMap(m vfiouser.DMAMap) error { return i.memory.Map(m) }
-
-// DMAUnmap implements vfiouser.Device.
-func (i *iface) DMAUnmap(u vfiouser.DMAUnmap) error { return i.memory.Unmap(u) }

@@ -2,6 +2,7 @@ package device
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -17,20 +18,49 @@ import (
 	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/family/ixgbevf"
 	"compsc.io/compsc/agent/model"
+	"compsc.io/compsc/agent/vfiouser"
 )
 
-// silicon is a VF's registers, whatever stands behind them.
+// silicon is a VF, whatever stands behind it: its registers, its interrupts,
+// and its DMA. All methods but Close are safe for concurrent use.
 type silicon interface {
 	compsc.Backend
 	// Scratch is memory that the VF reaches and the guest does not use.
 	Scratch() compsc.Scratch
 	// FLR is a function-level reset.
 	FLR()
-	// Announce sends a frame on the VF's network, past the guest's rings.
+	// Announce sends a frame on the VF's network, past the guest's rings. It
+	// returns errPFAnnounces where only the PF can.
 	Announce(frame []byte) error
 	// Close ends the use of the VF and closes its descriptors.
 	Close()
+
+	// Map lets the VF reach guest memory by DMA, which stands at mem in this
+	// process; Unmap takes that back.
+	Map(addr uint64, mem []byte, readable, writable bool) error
+	Unmap(addr, size uint64) error
+
+	// Connect has the VF signal eventfd when it raises the vector; nil
+	// disconnects it. DisconnectAll disconnects all.
+	Connect(vector int, eventfd *vfiouser.Eventfd) error
+	DisconnectAll() error
+	// Forward decides whether interrupts come to this process first, and are
+	// passed on by the iface: the engine must see them while the guest's rings
+	// are not the device's.
+	Forward(on bool) error
+
+	// TellsWrites says whether the pages that the VF writes are known without
+	// the engine's help: as tracked memory, or by TrackWrites and Writes.
+	TellsWrites() bool
+	// TrackWrites begins, or ends, to record which pages the VF writes by DMA.
+	TrackWrites(on bool) error
+	// Writes calls page for each page written in a range that was mapped.
+	Writes(addr, size uint64, page func(addr uint64)) error
 }
+
+// errPFAnnounces says that the VF cannot announce, and that whoever is in
+// charge of its PF has to.
+var errPFAnnounces = errors.New("only the PF can announce the VF's address")
 
 // deviceType is what a PCI id says.
 type deviceType struct {
@@ -79,24 +109,27 @@ func deviceTypeFor(h handoff.Handoff) (deviceType, error) {
 
 // openSilicon opens the VF's backend; it owns files.
 func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, error) {
-	if h.Backend != handoff.BackendModel {
+	switch {
+	case h.Backend == handoff.BackendVFIO:
+		return openVFIO(h, dt, files, irq, log)
+	case h.Backend != handoff.BackendModel:
 		handoff.CloseAll(files)
-		return nil, fmt.Errorf("backend %q is not known: only %q is", h.Backend, handoff.BackendModel)
-	}
-	if dt.family.Name() != ixgbevf.Name {
+		return nil, fmt.Errorf("backend %q is not known: want %q or %q", h.Backend, handoff.BackendModel, handoff.BackendVFIO)
+	case dt.family.Name() != ixgbevf.Name:
 		handoff.CloseAll(files)
-		return nil, fmt.Errorf("the model is one of family %s, not %s", ixgbevf.Name, dt.family.Name())
-	}
-	if len(files) != 1 {
+		return nil, fmt.Errorf("there is no model of a %s of family %s: it needs backend %q", h.DeviceID, dt.family.Name(), handoff.BackendVFIO)
+	case len(files) != 1:
 		handoff.CloseAll(files)
 		return nil, fmt.Errorf("the model takes one file, a tap's queue, not %d", len(files))
 	}
 	return openModel(h, dt, files[0], mem, irq, log)
 }
 
-// modelVF is the model with its wire.
+// modelVF is the model with its wire. It reaches guest memory through tracked,
+// and its interrupts come to this process by themselves.
 type modelVF struct {
 	*model.VF
+	inProcess
 	scratch *model.Scratch
 	wire    *model.TapWire
 	stop    func()
@@ -146,12 +179,24 @@ func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked
 			log.Error("the VF's wire ended", "vf", h.VF, "error", err)
 		}
 	}()
-	return &modelVF{vf, scratch, wire, func() {
+	return &modelVF{VF: vf, scratch: scratch, wire: wire, stop: func() {
 		cancel()
 		wire.Close()
 		<-ended
 	}}, nil
 }
+
+// inProcess is the part of a silicon that a VF in this process has no need of.
+type inProcess struct{}
+
+func (inProcess) Map(uint64, []byte, bool, bool) error           { return nil }
+func (inProcess) Unmap(uint64, uint64) error                     { return nil }
+func (inProcess) Connect(int, *vfiouser.Eventfd) error           { return nil }
+func (inProcess) DisconnectAll() error                           { return nil }
+func (inProcess) Forward(bool) error                             { return nil }
+func (inProcess) TellsWrites() bool                              { return true }
+func (inProcess) TrackWrites(bool) error                         { return nil }
+func (inProcess) Writes(uint64, uint64, func(addr uint64)) error { return nil }
 
 // Close ends the wire and the model.
 func (m *modelVF) Close() {

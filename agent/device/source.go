@@ -66,8 +66,13 @@ func (p *process) PrepareSource(ctx context.Context, r *pb.PrepareSourceRequest)
 		reply.Interfaces = append(reply.Interfaces, s)
 	}
 	if phase == pb.Phase_PHASE_RUNNING {
-		for _, i := range p.ifaces {
-			i.pages.Start()
+		for n, i := range p.ifaces {
+			if err := i.track(); err != nil {
+				for _, i := range p.ifaces[:n+1] {
+					i.untrack()
+				}
+				return nil, status.Errorf(codes.Internal, "interface %s: %v", i.cfg.Name, err)
+			}
 		}
 	}
 	p.set(func() {
@@ -351,7 +356,7 @@ func (p *process) backToRunning(why string) {
 
 func (p *process) stopTracking() {
 	for _, i := range p.ifaces {
-		i.pages.Stop()
+		i.untrack()
 	}
 }
 

@@ -16,10 +16,10 @@ type Eventfd struct {
 	f *os.File
 }
 
-// newEventfd takes ownership of fd, also on error. It refuses descriptors of
+// NewEventfd takes ownership of fd, also on error. It refuses descriptors of
 // other kinds, because signalling them could block or do harm, and makes the
 // descriptor non-blocking.
-func newEventfd(fd int) (*Eventfd, error) {
+func NewEventfd(fd int) (*Eventfd, error) {
 	kind, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err == nil && kind != "anon_inode:[eventfd]" {
 		err = fmt.Errorf("%w: a descriptor of SET_IRQS is %q, not an eventfd: %w", ErrProtocol, kind, syscall.EINVAL)
@@ -63,6 +63,10 @@ func (e *Eventfd) Pending() (bool, error) {
 	})
 	return pending, err
 }
+
+// Descriptor calls do with the number of the descriptor, which stays open
+// meanwhile: for the kernel, to signal it. After Close it returns os.ErrClosed.
+func (e *Eventfd) Descriptor(do func(fd int) error) error { return e.control(do) }
 
 // Close closes the descriptor.
 func (e *Eventfd) Close() error { return e.f.Close() }

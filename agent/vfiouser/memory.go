@@ -207,6 +207,28 @@ func (g *Memory) Ranges() []Range {
 	return out
 }
 
+// View returns the range that begins at addr, and its memory in this process if
+// it is Mapped: for the kernel, to let a device reach the same pages. The memory
+// must not be accessed otherwise, and is there until Unmap or Close.
+func (g *Memory) View(addr uint64) (r Range, mem []byte, ok bool) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	i := g.search(addr)
+	if i == len(g.ranges) || g.ranges[i].Addr != addr {
+		return Range{}, nil, false
+	}
+	return g.ranges[i].Range, g.ranges[i].mem, true
+}
+
+// Writable tells whether there is mapped memory at addr that WriteAt, and the
+// device, may write.
+func (g *Memory) Writable(addr uint64) bool {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	i := g.search(addr)
+	return i < len(g.ranges) && g.ranges[i].Addr <= addr && g.ranges[i].Writable && g.ranges[i].Mapped
+}
+
 // ReadAt reads len(p) bytes at guest-physical addr. The bytes may cross adjacent
 // ranges. On an error p is undefined.
 func (g *Memory) ReadAt(addr uint64, p []byte) error { return g.access(addr, p, false) }

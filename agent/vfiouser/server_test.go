@@ -280,7 +280,7 @@ func TestEventfdNeverBlocks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := newEventfd(fd)
+	e, err := NewEventfd(fd)
 	if err != nil {
 		t.Fatal(err)
 	}

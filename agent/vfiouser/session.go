@@ -318,7 +318,7 @@ func (s *session) setEventfds(m *message, r IRQRequest) error {
 	}
 	r.Op = IRQAssign
 	for i := range m.fds {
-		e, err := newEventfd(m.takeFD(i))
+		e, err := NewEventfd(m.takeFD(i))
 		if err != nil {
 			for _, e := range r.Eventfds {
 				e.Close()

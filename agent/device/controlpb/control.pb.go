@@ -1652,8 +1652,11 @@ type InterfaceRestore struct {
 	Name               string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	ReplayedOperations uint32                 `protobuf:"varint,2,opt,name=replayed_operations,json=replayedOperations,proto3" json:"replayed_operations,omitempty"`
 	HeadsStrategy      string                 `protobuf:"bytes,3,opt,name=heads_strategy,json=headsStrategy,proto3" json:"heads_strategy,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// Frame that is to be sent on the VF's network by whoever is in charge of
+	// its PF; empty when the device process has sent it.
+	Announcement  []byte `protobuf:"bytes,4,opt,name=announcement,proto3" json:"announcement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InterfaceRestore) Reset() {
@@ -1705,6 +1708,13 @@ func (x *InterfaceRestore) GetHeadsStrategy() string {
 		return x.HeadsStrategy
 	}
 	return ""
+}
+
+func (x *InterfaceRestore) GetAnnouncement() []byte {
+	if x != nil {
+		return x.Announcement
+	}
+	return nil
 }
 
 type AwaitRunningRequest struct {
@@ -2012,11 +2022,12 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2\".compsc.device.v1.InterfaceRestoreR\n" +
 	"interfaces\x12,\n" +
-	"\x05steps\x18\x02 \x03(\v2\x16.compsc.device.v1.StepR\x05steps\"~\n" +
+	"\x05steps\x18\x02 \x03(\v2\x16.compsc.device.v1.StepR\x05steps\"\xa2\x01\n" +
 	"\x10InterfaceRestore\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x13replayed_operations\x18\x02 \x01(\rR\x12replayedOperations\x12%\n" +
-	"\x0eheads_strategy\x18\x03 \x01(\tR\rheadsStrategy\":\n" +
+	"\x0eheads_strategy\x18\x03 \x01(\tR\rheadsStrategy\x12\"\n" +
+	"\fannouncement\x18\x04 \x01(\fR\fannouncement\":\n" +
 	"\x13AwaitRunningRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\"\xbd\x01\n" +
 	"\x11AwaitRunningReply\x128\n" +

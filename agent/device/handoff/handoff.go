@@ -32,9 +32,15 @@ const (
 	RoleTarget = "target"
 )
 
-// BackendModel is the behavioural model of the silicon; its one descriptor
-// is the queue of a tap device.
-const BackendModel = "model"
+// Backends of a VF.
+const (
+	// BackendModel is the behavioural model of the silicon; its one descriptor
+	// is the queue of a tap device.
+	BackendModel = "model"
+	// BackendVFIO is a VF that the kernel's vfio-pci drives; its descriptors
+	// are those of package vfio, for the interface that VFIO.API names.
+	BackendVFIO = "vfio"
+)
 
 const (
 	maxMessage = 64 << 10
@@ -68,6 +74,14 @@ type Handoff struct {
 	Role string `json:"role"`
 	// Model holds what only the model backend needs.
 	Model Model `json:"model,omitzero"`
+	// VFIO holds what only the vfio backend needs.
+	VFIO VFIO `json:"vfio,omitzero"`
+}
+
+// VFIO describes the descriptors of the vfio backend.
+type VFIO struct {
+	// API is "group" or "iommufd": see package vfio.
+	API string `json:"api"`
 }
 
 // Model parametrises the model backend.
