@@ -7,9 +7,14 @@ import (
 	"os"
 )
 
-// BackendModel is the backend whose VFs are behavioural models of the silicon;
-// each is wired to the node's network by a tap device.
-const BackendModel = "model"
+// Backends of VFs.
+const (
+	// BackendModel has VFs that are behavioural models of the silicon; each is
+	// wired to the node's network by a tap device.
+	BackendModel = "model"
+	// BackendVFIO has the VFs of the node's NICs, by the kernel's vfio-pci.
+	BackendVFIO = "vfio"
+)
 
 // PF is one physical function.
 type PF struct {
@@ -19,6 +24,18 @@ type PF struct {
 	Backend string
 	// VFs are its virtual functions, in the order of their numbers.
 	VFs []VF
+
+	// What follows is of real PFs only.
+
+	// Address is the PF's PCI address.
+	Address string
+	// Driver that is bound to it with its version, and the version of its
+	// firmware, as ethtool -i has them; empty where not known.
+	Driver, DriverVersion, Firmware string
+	// TotalVFs is how many VFs it can have.
+	TotalVFs int
+	// NUMANode it is at, -1 if there is none.
+	NUMANode int
 }
 
 // VF is one virtual function.
@@ -29,6 +46,18 @@ type VF struct {
 	DeviceID string
 	// Family names the register family, such as ixgbevf.
 	Family string
+
+	// What follows is of real VFs only.
+
+	// Index is the VF's number on its PF.
+	Index int
+	// Driver that is bound to it, empty for none.
+	Driver string
+	// IOMMUGroup is the number of its IOMMU group, -1 for none.
+	IOMMUGroup int
+	// Obstacle says in words why it cannot be prepared at all, and what to
+	// do; empty if it can.
+	Obstacle string
 }
 
 // Request says how a VF must be prepared.
@@ -38,7 +67,7 @@ type Request struct {
 	// MAC is the address that the VF will answer to, empty if unknown. No two
 	// prepared VFs of a node have the same.
 	MAC string
-	// VLAN is the port VLAN, 0 for none, at most 4094.
+	// VLAN is the port VLAN, at most 4094; 0 leaves what is set.
 	VLAN int
 }
 
@@ -48,8 +77,15 @@ type Prepared struct {
 	PF string
 	VF VF
 	// Backend says what Files are; for BackendModel: one, a queue of a tap
-	// device without packet information.
+	// device without packet information; for BackendVFIO: those of package
+	// vfio for its interface API.
 	Backend string
+	// API is the kernel's interface that Files are of, for BackendVFIO.
+	API string
+	// VLAN is the port VLAN that is set, 0 for none.
+	VLAN int
+	// Trust tells whether the PF trusts the VF.
+	Trust bool
 	// Model holds the traits of the modelled silicon.
 	Model ModelTraits
 	// Files belong to the caller, who closes them.

@@ -35,7 +35,7 @@ var rules = []rule{
 	{"controllers", []string{"api/...", "agent/kubevirt"}},
 	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubevirt", "agent/peer/..."}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
-	{"agent/host/...", nil},
+	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
 	{"agent/kubevirt/...", []string{"api/..."}},
 	{"agent/device/controlpb", nil},
 	{"agent/device/handoff", nil},
