@@ -231,8 +231,11 @@ type recorder struct{ events []string }
 
 func (r *recorder) Eventf(regarding, _ runtime.Object, typ, reason, _, note string, args ...any) {
 	kind := "VFMigration"
-	if _, ok := regarding.(*virtv1.VirtualMachineInstance); ok {
+	switch regarding.(type) {
+	case *virtv1.VirtualMachineInstance:
 		kind = "VMI"
+	case *virtv1.VirtualMachineInstanceMigration:
+		kind = "VMIM"
 	}
 	r.events = append(r.events, fmt.Sprintf("%s %s %s: %s", kind, typ, reason, fmt.Sprintf(note, args...)))
 }

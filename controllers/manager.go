@@ -102,15 +102,21 @@ func newManager(o Options) (ctrl.Manager, error) {
 			return nil, fmt.Errorf("set up health check: %w", err)
 		}
 	}
+	recorder := mgr.GetEventRecorder("compsc-manager")
 	r := &VFMigrationReconciler{
 		Client:    mgr.GetClient(),
 		Live:      mgr.GetAPIReader(),
-		Recorder:  mgr.GetEventRecorder("compsc-manager"),
+		Recorder:  recorder,
 		Clock:     clock.RealClock{},
 		Namespace: o.Namespace,
 	}
-	if err := r.SetupWithManager(mgr); err != nil {
-		return nil, fmt.Errorf("set up controller: %w", err)
+	for _, c := range []interface{ SetupWithManager(ctrl.Manager) error }{
+		r,
+		&AdoptionReconciler{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder},
+	} {
+		if err := c.SetupWithManager(mgr); err != nil {
+			return nil, fmt.Errorf("set up controller: %w", err)
+		}
 	}
 	return mgr, nil
 }

@@ -36,6 +36,12 @@ func (r *VFMigrationReconciler) accept(ctx context.Context, s *scope) (ctrl.Resu
 		return ctrl.Result{}, nil
 	}
 	if s.vfm.Status.Failure == nil {
+		if waiting := s.adoptable(); waiting != "" {
+			s.set(v1alpha1.ConditionAccepted, metav1.ConditionUnknown, v1alpha1.ReasonProgressing, waiting)
+			return ctrl.Result{}, nil
+		}
+	}
+	if s.vfm.Status.Failure == nil {
 		source, err := r.preflight(ctx, s.vfm)
 		if no := (*refusal)(nil); errors.As(err, &no) {
 			s.fail(no.reason, "%s", no.message)
@@ -51,7 +57,9 @@ func (r *VFMigrationReconciler) accept(ctx context.Context, s *scope) (ctrl.Resu
 		}
 	}
 	s.set(v1alpha1.ConditionAccepted, metav1.ConditionFalse, s.vfm.Status.Failure.Reason, s.vfm.Status.Failure.Message)
-	s.outcome = failed
+	if s.vfm.Spec.MigrationRef == nil || s.vmim == nil || s.vmim.IsFinal() {
+		s.outcome = failed
+	} // else KubeVirt is to be stopped first
 	return ctrl.Result{}, nil
 }
 
@@ -63,6 +71,10 @@ func (r *VFMigrationReconciler) ensureMigration(ctx context.Context, s *scope) (
 	switch ref := s.vfm.Status.MigrationRef; {
 	case s.vmim != nil && ref == nil:
 		s.vfm.Status.MigrationRef = &v1alpha1.MigrationReference{Name: s.vmim.Name, UID: s.vmim.UID}
+	case s.vfm.Spec.MigrationRef != nil:
+		if s.vmimDeleted() && !s.committed() {
+			s.failDeleted()
+		}
 	case s.vmim != nil && !s.vmim.DeletionTimestamp.IsZero() && !s.vmim.IsFinal() && !s.committed(),
 		s.vmim == nil && ref != nil && !s.committed():
 		s.fail(v1alpha1.ReasonMigrationFailed,
@@ -245,13 +257,13 @@ func (r *VFMigrationReconciler) awaited(ctx context.Context, s *scope) (string, 
 	case s.vmim == nil && !s.committed():
 		return "the VirtualMachineInstanceMigration to be created", nil
 	case target == nil && s.targetPod == nil:
-		return fmt.Sprintf("KubeVirt to create a target pod; see the events of VirtualMachineInstanceMigration %s", s.vfm.Name), nil
+		return fmt.Sprintf("KubeVirt to create a target pod; see the events of VirtualMachineInstanceMigration %s", s.migrationName()), nil
 	case target == nil:
 		return fmt.Sprintf("the target pod %s to be scheduled; see its events", s.targetPod.Name), nil
 	case s.committed():
 		node, what = target.NodeName, "the agent of node "+target.NodeName+" to verify the VFs"
 		if s.is(v1alpha1.ConditionVerified) {
-			return "KubeVirt to finish VirtualMachineInstanceMigration " + s.vfm.Name + "; the VM runs on node " + node, nil
+			return "KubeVirt to finish VirtualMachineInstanceMigration " + s.migrationName() + "; the VM runs on node " + node, nil
 		}
 	case !s.is(v1alpha1.ConditionTargetPinned):
 		node, what = target.NodeName, "the agent of node "+target.NodeName+" to attach VFs to the target pod "+target.PodName

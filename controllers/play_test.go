@@ -34,7 +34,9 @@ type play struct {
 	*testing.T
 	*gomega.WithT
 	ns, source, target string
-	stop               func()
+	// vfmName and vmimName are the names of what is followed.
+	vfmName, vmimName string
+	stop              func()
 }
 
 // newPlay lays out two nodes and a running VM, and starts the manager.
@@ -43,7 +45,8 @@ func newPlay(t *testing.T) *play {
 	if err := admin.Create(t.Context(), ns); err != nil {
 		t.Fatal(err)
 	}
-	p := &play{T: t, WithT: gomega.NewWithT(t), ns: ns.Name, source: ns.Name + "-a", target: ns.Name + "-b"}
+	p := &play{T: t, WithT: gomega.NewWithT(t), ns: ns.Name, source: ns.Name + "-a", target: ns.Name + "-b",
+		vfmName: "move", vmimName: "move"}
 	for _, node := range []string{p.source, p.target} {
 		p.createNode(node)
 	}
@@ -125,7 +128,7 @@ func (p *play) get(obj client.Object, name string) error {
 func (p *play) vfm() *v1alpha1.VFMigration {
 	p.Helper()
 	m := &v1alpha1.VFMigration{}
-	p.Expect(p.get(m, "move")).To(gomega.Succeed())
+	p.Expect(p.get(m, p.vfmName)).To(gomega.Succeed())
 	return m
 }
 
@@ -148,19 +151,23 @@ func (p *play) reaches(phase v1alpha1.VFMigrationPhase) {
 func (p *play) vmim() *virtv1.VirtualMachineInstanceMigration {
 	p.Helper()
 	vmim := &virtv1.VirtualMachineInstanceMigration{}
-	p.Eventually(func() error { return p.get(vmim, "move") }, patience, 10*time.Millisecond).Should(gomega.Succeed())
+	p.Eventually(func() error { return p.get(vmim, p.vmimName) }, patience, 10*time.Millisecond).Should(gomega.Succeed())
 	return vmim
 }
 
 // kubevirt sets the VirtualMachineInstanceMigration's phase, as virt-controller does.
 func (p *play) kubevirt(phase virtv1.VirtualMachineInstanceMigrationPhase) {
 	p.Helper()
-	vmim := p.vmim()
-	if controllerutil.AddFinalizer(vmim, virtv1.VirtualMachineInstanceMigrationFinalizer) {
-		p.Expect(admin.Update(p.Context(), vmim)).To(gomega.Succeed())
-	}
-	vmim.Status.Phase = phase
-	p.Expect(admin.Status().Update(p.Context(), vmim)).To(gomega.Succeed())
+	p.Expect(retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+		vmim := p.vmim()
+		if controllerutil.AddFinalizer(vmim, virtv1.VirtualMachineInstanceMigrationFinalizer) {
+			if err := admin.Update(p.Context(), vmim); err != nil {
+				return err
+			}
+		}
+		vmim.Status.Phase = phase
+		return admin.Status().Update(p.Context(), vmim)
+	})).To(gomega.Succeed())
 }
 
 // agents changes the status as the agents do.
@@ -317,7 +324,7 @@ func (p *play) undo() {
 	p.Helper()
 	p.until("failure", func(m *v1alpha1.VFMigration) bool { return m.Status.Failure != nil })
 	vmim := &virtv1.VirtualMachineInstanceMigration{}
-	if p.exists(vmim, "move") {
+	if p.exists(vmim, p.vmimName) {
 		p.Eventually(func() bool { return p.vmim().DeletionTimestamp != nil }, patience, 10*time.Millisecond).Should(gomega.BeTrue())
 		vmim = p.vmim()
 		if phase := vmim.Status.Phase; phase != virtv1.MigrationRunning {
@@ -326,8 +333,11 @@ func (p *play) undo() {
 		} else if !p.exists(&corev1.Pod{}, "launcher-b") {
 			p.Error("the target pod of a running migration was deleted")
 		}
-		vmim.Finalizers = nil
-		p.Expect(admin.Update(p.Context(), vmim)).To(gomega.Succeed())
+		p.Expect(retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+			vmim = p.vmim()
+			vmim.Finalizers = nil
+			return admin.Update(p.Context(), vmim)
+		})).To(gomega.Succeed())
 	}
 	if m := p.vfm(); slices.ContainsFunc(m.Status.Conditions, func(c metav1.Condition) bool { return c.Type == v1alpha1.ConditionTargetPinned }) {
 		if isTerminal(m) {
@@ -363,7 +373,7 @@ func TestAbortInEachPhase(t *testing.T) {
 			if f := m.Status.Failure; m.Status.Phase != v1alpha1.PhaseFailed || f.Reason != v1alpha1.ReasonAborted {
 				t.Errorf("status %+v", m.Status)
 			}
-			if p.exists(&virtv1.VirtualMachineInstanceMigration{}, "move") || !p.exists(&corev1.Pod{}, "launcher-a") {
+			if p.exists(&virtv1.VirtualMachineInstanceMigration{}, p.vmimName) || !p.exists(&corev1.Pod{}, "launcher-a") {
 				t.Error("the VirtualMachineInstanceMigration is left, or the source pod is not")
 			}
 		})

@@ -116,10 +116,10 @@ func (r *VFMigrationReconciler) checkOthers(ctx context.Context, m *v1alpha1.VFM
 	}
 	for i := range vmims.Items {
 		o := &vmims.Items[i]
-		if metav1.IsControlledBy(o, m) {
+		if metav1.IsControlledBy(o, m) || m.Spec.MigrationRef != nil && m.Spec.MigrationRef.UID == o.UID {
 			continue
 		}
-		if o.Name == m.Name && o.Labels[kubevirt.LabelVFMigrationUID] == "" {
+		if m.Spec.MigrationRef == nil && o.Name == m.Name && o.Labels[kubevirt.LabelVFMigrationUID] == "" {
 			return refuse(v1alpha1.ReasonMigrationInProgress,
 				"a VirtualMachineInstanceMigration %s exists that is not this VFMigration's; delete it, or create a VFMigration of another name", o.Name)
 		}

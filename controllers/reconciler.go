@@ -48,12 +48,12 @@ const (
 // VMs live in every namespace, leases in the manager's own. The pods deleted
 // are target pods of migrations that KubeVirt has not begun to carry out.
 //
-// +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations/status,verbs=patch
 // +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations/finalizers,verbs=update
 // +kubebuilder:rbac:groups=compsc.io,resources=vfnodes,verbs=list
 // +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstances,verbs=get;list;watch
-// +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstancemigrations,verbs=get;list;watch;create;delete
+// +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstancemigrations,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
@@ -87,8 +87,8 @@ type phase func(ctx context.Context, s *scope) (ctrl.Result, error)
 //
 //  1. observe everything that concerns it;
 //  2. run the phases in order: intent (deletion, abort), accept, ensure the
-//     VirtualMachineInstanceMigration, follow the agents, KubeVirt and the
-//     target pod, check the timeouts, roll back, finish;
+//     VirtualMachineInstanceMigration, link an adopted one, follow the agents,
+//     KubeVirt and the target pod, check the timeouts, roll back, finish;
 //  3. compute the status once and write it with one patch;
 //  4. tell of what changed in events and metrics.
 //
@@ -117,7 +117,7 @@ func (r *VFMigrationReconciler) Reconcile(ctx context.Context, req ctrl.Request)
 	var result ctrl.Result
 	var errs []error
 	for _, run := range []phase{
-		r.intent, r.accept, r.ensureMigration, r.followAgents, r.followKubeVirt,
+		r.intent, r.accept, r.ensureMigration, r.linkMigration, r.followAgents, r.followKubeVirt,
 		r.followTarget, r.timeouts, r.rollback, r.finish,
 	} {
 		res, err := run(ctx, s)
@@ -181,12 +181,17 @@ func (r *VFMigrationReconciler) SetupWithManager(mgr ctrl.Manager) error {
 		Named("vfmigration").
 		For(&v1alpha1.VFMigration{}).
 		Owns(&virtv1.VirtualMachineInstanceMigration{}).
+		Watches(&virtv1.VirtualMachineInstanceMigration{}, r.concerned(func(m *v1alpha1.VFMigration, o client.Object) bool {
+			ref := m.Spec.MigrationRef
+			return ref != nil && ref.Name == o.GetName()
+		})).
 		Watches(&virtv1.VirtualMachineInstance{}, r.concerned(func(m *v1alpha1.VFMigration, o client.Object) bool {
 			return m.Spec.VMIName == o.GetName()
 		})).
 		Watches(&corev1.Pod{}, r.concerned(func(m *v1alpha1.VFMigration, o client.Object) bool {
-			ref := m.Status.MigrationRef
-			return ref != nil && ref.UID == types.UID(o.GetLabels()[kubevirt.LabelMigrationJobUID])
+			uid := types.UID(o.GetLabels()[kubevirt.LabelMigrationJobUID])
+			made, adopted := m.Status.MigrationRef, m.Spec.MigrationRef
+			return made != nil && made.UID == uid || adopted != nil && adopted.UID == uid
 		})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).
 		Complete(r)

@@ -24,6 +24,9 @@ func (r *VFMigrationReconciler) rollback(ctx context.Context, s *scope) (ctrl.Re
 	if !s.vmim.DeletionTimestamp.IsZero() {
 		return ctrl.Result{}, nil
 	}
+	if wait := s.mayFailByItself(); wait > 0 {
+		return ctrl.Result{RequeueAfter: wait}, nil
+	}
 	return ctrl.Result{}, r.deleteMigration(ctx, s.vmim)
 }
 
@@ -66,7 +69,7 @@ func (r *VFMigrationReconciler) deleteMigration(ctx context.Context, vmim *virtv
 // finish ends a migration: well once it is finished, badly once its failure is
 // written and undone, or cannot be undone, or nobody confirms it in time.
 func (r *VFMigrationReconciler) finish(_ context.Context, s *scope) (ctrl.Result, error) {
-	if s.outcome != underWay || !s.started() {
+	if s.outcome != underWay || !s.started() && s.vfm.Spec.MigrationRef == nil {
 		return ctrl.Result{}, nil
 	}
 	if s.finished() && !s.is(v1alpha1.ConditionRolledBack) {

@@ -26,8 +26,8 @@ type scope struct {
 	// vmi is nil when the VMI does not exist, or is another one of that name,
 	// made after the migration was accepted.
 	vmi *virtv1.VirtualMachineInstance
-	// vmim is the VFMigration's own VirtualMachineInstanceMigration, foreign
-	// one of the same name that is not its own; either may be nil.
+	// vmim is the VFMigration's own VirtualMachineInstanceMigration, created
+	// or adopted, foreign one of its name that is not its own; either may be nil.
 	vmim, foreign *virtv1.VirtualMachineInstanceMigration
 	// targetPod is the virt-launcher pod that KubeVirt made to receive the
 	// VM; nil when there is none.
@@ -61,12 +61,16 @@ func (r *VFMigrationReconciler) observe(ctx context.Context, vfm *v1alpha1.VFMig
 	}
 
 	vmim := &virtv1.VirtualMachineInstanceMigration{}
-	found, err = r.lookup(ctx, client.ObjectKeyFromObject(vfm), vmim)
+	found, err = r.lookup(ctx, client.ObjectKey{Namespace: vfm.Namespace, Name: s.migrationName()}, vmim)
 	if err != nil {
-		return nil, fmt.Errorf("read VirtualMachineInstanceMigration %s: %w", vfm.Name, err)
+		return nil, fmt.Errorf("read VirtualMachineInstanceMigration %s: %w", s.migrationName(), err)
 	}
 	if found {
-		if metav1.IsControlledBy(vmim, vfm) {
+		own := metav1.IsControlledBy(vmim, vfm)
+		if ref := vfm.Spec.MigrationRef; ref != nil {
+			own = vmim.UID == ref.UID
+		}
+		if own {
 			s.vmim = vmim
 		} else {
 			s.foreign = vmim
@@ -85,6 +89,8 @@ func (r *VFMigrationReconciler) findTargetPod(ctx context.Context, s *scope) (*c
 	if s.vmim != nil {
 		uid = s.vmim.UID
 	} else if ref := s.vfm.Status.MigrationRef; ref != nil {
+		uid = ref.UID
+	} else if ref := s.vfm.Spec.MigrationRef; ref != nil {
 		uid = ref.UID
 	}
 	if uid == "" {

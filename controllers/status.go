@@ -17,12 +17,16 @@ import (
 const (
 	// EventStarted: a migration was accepted. Also on the VMI.
 	EventStarted = "MigrationStarted"
-	// EventPreflightFailed: a migration was refused. Also on the VMI.
+	// EventPreflightFailed: a migration was refused. Also on the VMI, and on
+	// the VirtualMachineInstanceMigration if it was adopted.
 	EventPreflightFailed = "PreflightFailed"
 	// EventTargetChosen: KubeVirt chose the target node.
 	EventTargetChosen = "TargetChosen"
 	// EventRollback: a migration is being undone.
 	EventRollback = "VFRollback"
+	// EventAdopted: a VirtualMachineInstanceMigration of somebody else got its
+	// VFMigration. On the VirtualMachineInstanceMigration.
+	EventAdopted = "MigrationAdopted"
 	// EventSucceeded: a migration ended well. Also on the VMI.
 	EventSucceeded = "MigrationSucceeded"
 	// EventFailed: a migration ended badly. Also on the VMI.
@@ -100,22 +104,24 @@ func (r *VFMigrationReconciler) patchStatus(ctx context.Context, s *scope) (chan
 func (r *VFMigrationReconciler) tell(s *scope) {
 	was, is := &s.base.Status, &s.vfm.Status
 	name := s.vfm.Spec.VMIName
-	refusedNow := s.outcome == failed && !s.is(v1alpha1.ConditionAccepted)
+	failedNow := was.Failure == nil && is.Failure != nil
+	refused := is.Failure != nil && !s.is(v1alpha1.ConditionAccepted)
 	if was.StartTime == nil && is.StartTime != nil {
 		r.event(s, true, corev1.EventTypeNormal, EventStarted, "Moving VirtualMachineInstance %s with its VFs away from node %s", name, is.Source.NodeName)
 	}
 	if was.Target == nil && is.Target != nil {
 		r.event(s, false, corev1.EventTypeNormal, EventTargetChosen, "KubeVirt chose node %s, pod %s", is.Target.NodeName, is.Target.PodName)
 	}
-	if was.Failure == nil && is.Failure != nil && !refusedNow {
+	if failedNow && refused {
+		r.event(s, true, corev1.EventTypeWarning, EventPreflightFailed, "%s: %s", is.Failure.Reason, is.Failure.Message)
+	} else if failedNow {
 		r.event(s, false, corev1.EventTypeWarning, EventRollback, "%s: %s", is.Failure.Reason, is.Failure.Message)
 	}
 	summary := s.condition(v1alpha1.ConditionSucceeded)
 	switch {
 	case s.outcome == underWay:
 		return
-	case refusedNow:
-		r.event(s, true, corev1.EventTypeWarning, EventPreflightFailed, "%s: %s", summary.Reason, summary.Message)
+	case refused: // and told when it was found
 	case s.outcome == failed:
 		r.event(s, true, corev1.EventTypeWarning, EventFailed, "%s: %s", summary.Reason, summary.Message)
 	default:
@@ -124,8 +130,9 @@ func (r *VFMigrationReconciler) tell(s *scope) {
 	observeEnd(s.vfm)
 }
 
-// event emits an event on the VFMigration, and on its VMI if asked to. The
-// events API bounds the note to 1024 bytes.
+// event emits an event on the VFMigration, and if asked to on its VMI and on
+// the VirtualMachineInstanceMigration that it adopted. The events API bounds
+// the note to 1024 bytes.
 func (r *VFMigrationReconciler) event(s *scope, alsoVMI bool, typ, reason, format string, args ...any) {
 	note := bounded(fmt.Sprintf(format, args...), 1000)
 	var vmi runtime.Object
@@ -134,6 +141,9 @@ func (r *VFMigrationReconciler) event(s *scope, alsoVMI bool, typ, reason, forma
 		if alsoVMI {
 			r.Recorder.Eventf(s.vmi, s.vfm, typ, reason, "Migrate", "%s", note)
 		}
+	}
+	if alsoVMI && s.vfm.Spec.MigrationRef != nil && s.vmim != nil {
+		r.Recorder.Eventf(s.vmim, s.vfm, typ, reason, "Migrate", "%s", note)
 	}
 	r.Recorder.Eventf(s.vfm, vmi, typ, reason, "Migrate", "%s", note)
 }

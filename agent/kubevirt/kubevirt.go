@@ -44,9 +44,28 @@ const (
 	AnnotationNetworkInfo = "kubevirt.io/network-info"
 )
 
-// LabelVFMigrationUID is set on the VirtualMachineInstanceMigration that
-// serves a VFMigration and holds that VFMigration's UID.
-const LabelVFMigrationUID = "compsc.io/vfmigration-uid"
+// What CompSC writes on objects of KubeVirt's.
+const (
+	// LabelVFMigrationUID is set on the VirtualMachineInstanceMigration that
+	// serves a VFMigration and holds that VFMigration's UID.
+	LabelVFMigrationUID = "compsc.io/vfmigration-uid"
+	// AnnotationVFMigration is set on a VirtualMachineInstanceMigration that
+	// was adopted and holds its VFMigration's name.
+	AnnotationVFMigration = "compsc.io/vfmigration"
+	// AnnotationFailure is set on a VirtualMachineInstanceMigration that was
+	// adopted and is refused or undone: the reason, a colon, and what was wrong.
+	AnnotationFailure = "compsc.io/failure"
+	// LabelVF marks, with the value "true", a VMI that has an interface with
+	// the compsc network binding; policies select by it.
+	LabelVF = "compsc.io/vf"
+	// AnnotationMigrationBlocked is set on such a VMI while it cannot be moved:
+	// the reason, a colon, and what to do about it.
+	AnnotationMigrationBlocked = "compsc.io/migration-blocked"
+)
+
+// LabelMigrationUID is set on a VFMigration that was made for somebody else's
+// VirtualMachineInstanceMigration and holds that one's UID.
+const LabelMigrationUID = "compsc.io/migration-uid"
 
 // hookSockets is the emptyDir volume that KubeVirt shares between the compute
 // container and its hook sidecars (mounted at /var/run/kubevirt-hooks).

@@ -49,6 +49,15 @@ const (
 	// ReasonInterfaceNotFound: the VMI has no interface of that name with the
 	// compsc network binding, or none at all.
 	ReasonInterfaceNotFound = "InterfaceNotFound"
+	// ReasonMemoryNotLockable: the VF's DMA needs the guest's RAM locked in
+	// place, and the VMI does not ask KubeVirt for that.
+	ReasonMemoryNotLockable = "MemoryNotLockable"
+	// ReasonPostCopyAllowed: KubeVirt may finish the migration by post-copy,
+	// which leaves RAM behind that the VF's DMA needs.
+	ReasonPostCopyAllowed = "PostCopyAllowed"
+	// ReasonDecentralized: the migration leaves the cluster or namespace, where
+	// no agent of this cluster can follow.
+	ReasonDecentralized = "Decentralized"
 	// ReasonMigrationInProgress: another VFMigration, or a
 	// VirtualMachineInstanceMigration of somebody else, moves the same VMI.
 	ReasonMigrationInProgress = "MigrationInProgress"
@@ -78,7 +87,8 @@ const (
 	ReasonMigrationFailed = "MigrationFailed"
 	// ReasonTimeout: a bound of spec.timeouts passed.
 	ReasonTimeout = "Timeout"
-	// ReasonAborted: spec.abort was set.
+	// ReasonAborted: spec.abort was set, or the
+	// VirtualMachineInstanceMigration of spec.migrationRef was deleted.
 	ReasonAborted = "Aborted"
 	// ReasonDeleted: the VFMigration was deleted while under way.
 	ReasonDeleted = "Deleted"
@@ -114,6 +124,7 @@ const VFMigrationFinalizer = "compsc.io/vfmigration"
 // +kubebuilder:validation:XValidation:rule="self.vmiName == oldSelf.vmiName",message="vmiName is immutable"
 // +kubebuilder:validation:XValidation:rule="has(self.interfaces) == has(oldSelf.interfaces) && (!has(self.interfaces) || self.interfaces == oldSelf.interfaces)",message="interfaces is immutable"
 // +kubebuilder:validation:XValidation:rule="has(self.target) == has(oldSelf.target) && (!has(self.target) || self.target == oldSelf.target)",message="target is immutable"
+// +kubebuilder:validation:XValidation:rule="has(self.migrationRef) == has(oldSelf.migrationRef) && (!has(self.migrationRef) || self.migrationRef == oldSelf.migrationRef)",message="migrationRef is immutable"
 // +kubebuilder:validation:XValidation:rule="!(has(oldSelf.abort) && oldSelf.abort) || (has(self.abort) && self.abort)",message="abort cannot be taken back"
 type VFMigrationSpec struct {
 	// VMIName is the VirtualMachineInstance to move, in the same namespace.
@@ -136,6 +147,14 @@ type VFMigrationSpec struct {
 	// free VFs will do.
 	// +optional
 	Target *VFMigrationTarget `json:"target,omitempty"`
+
+	// MigrationRef names a VirtualMachineInstanceMigration that somebody else
+	// created (virtctl, an eviction, a drain): the VFMigration goes with that
+	// one, and starts none of its own. The manager creates such a VFMigration
+	// for every VirtualMachineInstanceMigration of a VM with VFs. Deleting
+	// either object before the point of no return undoes the migration.
+	// +optional
+	MigrationRef *MigrationReference `json:"migrationRef,omitempty"`
 
 	// Timeouts bound the migration's steps.
 	// +optional
@@ -258,6 +277,8 @@ type VFMigrationEndpoint struct {
 // MigrationReference names a VirtualMachineInstanceMigration of the namespace.
 type MigrationReference struct {
 	// Name of the object.
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
 	Name string `json:"name"`
 	// UID of the object.
 	UID types.UID `json:"uid"`

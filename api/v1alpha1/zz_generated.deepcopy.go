@@ -205,6 +205,11 @@ func (in *VFMigrationSpec) DeepCopyInto(out *VFMigrationSpec) {
 		*out = new(VFMigrationTarget)
 		(*in).DeepCopyInto(*out)
 	}
+	if in.MigrationRef != nil {
+		in, out := &in.MigrationRef, &out.MigrationRef
+		*out = new(MigrationReference)
+		**out = **in
+	}
 	in.Timeouts.DeepCopyInto(&out.Timeouts)
 }
 
