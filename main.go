@@ -22,6 +22,7 @@ import (
 	"compsc.io/compsc/agent"
 	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers"
 )
@@ -61,7 +62,7 @@ func rootCommand() *cobra.Command {
 		ctrl.SetLogger(logr.FromSlogHandler(h))
 		return nil
 	}
-	root.AddCommand(managerCommand(), agentCommand(), deviceCommand())
+	root.AddCommand(managerCommand(), agentCommand(), deviceCommand(), readyCommand())
 	for _, extra := range extras {
 		extra(root)
 	}
@@ -140,6 +141,7 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&o.TLS.Cert, "tls-cert", "/etc/compsc/tls/tls.crt", "this node's certificate")
 	f.StringVar(&o.TLS.Key, "tls-key", "/etc/compsc/tls/tls.key", "its key")
 	f.StringVar(&o.TLS.CA, "tls-ca", "/etc/compsc/tls/ca.crt", "the authorities that other agents' certificates must come from")
+	f.StringVar(&o.HookSocket, "hook-socket", "", "where to serve KubeVirt's node hooks, usually "+nodehook.Socket+"; empty for nowhere")
 	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8081", "where to serve metrics, 0 for nowhere")
 	f.StringArrayVar(&pfs, "model-pf", nil, "a modelled PF, such as name=pf0,vfs=2,bridge=br0; may be repeated")
 	return c
@@ -161,6 +163,23 @@ func modelHost(flags []string) (*host.Model, error) {
 // change it.
 var deviceOptions device.Options
 
+// deviceDir is where a sidecar of KubeVirt's has its sockets.
+const deviceDir = "/var/run/kubevirt-hooks/compsc"
+
+// readyCommand is the sidecar's readiness probe: the kubelet's own gRPC probe
+// reaches TCP ports only.
+func readyCommand() *cobra.Command {
+	var dir string
+	c := &cobra.Command{
+		Use:   "ready",
+		Short: "Tell by the exit status whether the VM's device process is ready (readiness probe of the sidecar)",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return device.Ready(cmd.Context(), dir) },
+	}
+	c.Flags().StringVar(&dir, "dir", deviceDir, "directory of the device process's sockets")
+	return c
+}
+
 func deviceCommand() *cobra.Command {
 	var interfaces []string
 	c := &cobra.Command{
@@ -180,7 +199,7 @@ func deviceCommand() *cobra.Command {
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&deviceOptions.Dir, "dir", "/var/run/kubevirt-hooks/compsc", "directory of the sockets")
+	f.StringVar(&deviceOptions.Dir, "dir", deviceDir, "directory of the sockets")
 	f.StringArrayVar(&interfaces, "interface", nil, "interface of the VMI and its PCI slot in the guest, such as net1=0x5; may be repeated")
 	return c
 }

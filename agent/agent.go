@@ -28,6 +28,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubevirt/cluster"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/api/v1alpha1"
 )
@@ -63,6 +64,13 @@ type Options struct {
 	TLS peer.Files
 	// Host serves the node's VFs; required.
 	Host Host
+	// HookSocket is where KubeVirt's node hooks are served, usually
+	// nodehook.Socket; empty for nowhere.
+	HookSocket string
+	// ProcDir is the node's process file system, where virt-launcher's QEMU is
+	// looked for; default /proc, which shows it to an agent in the node's process
+	// namespace only.
+	ProcDir string
 	// MetricsAddress serves Prometheus metrics, host:port; empty for none.
 	MetricsAddress string
 	// Version is the build's version.
@@ -77,6 +85,9 @@ func (o *Options) complete() error {
 	}
 	if o.PodsDir == "" {
 		o.PodsDir = "/var/lib/kubelet/pods"
+	}
+	if o.ProcDir == "" {
+		o.ProcDir = "/proc"
 	}
 	if o.MetricsAddress == "" {
 		o.MetricsAddress = "0" // controller-runtime's word for none
@@ -134,13 +145,17 @@ type agent struct {
 	tries   *tries
 	// known holds the []kubevirt.Interface of pods, by UID.
 	known sync.Map
+	// hooked says that KubeVirt's node hooks are served.
+	hooked bool
+	// found is what is known of KubeVirt and its QEMU here.
+	found found
 }
 
 // newScheme returns a scheme with all that the agent reads and writes.
 func newScheme() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		corev1.AddToScheme, coordinationv1.AddToScheme, virtv1.AddToScheme, v1alpha1.AddToScheme,
+		corev1.AddToScheme, coordinationv1.AddToScheme, virtv1.AddToScheme, cluster.AddToScheme, v1alpha1.AddToScheme,
 	} {
 		if err := add(s); err != nil {
 			return nil, err

@@ -37,6 +37,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/launcher"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/api/v1alpha1"
 )
@@ -83,6 +84,7 @@ type labNode struct {
 	lab     *lab
 	name    string
 	podsDir string
+	procDir string // without processes
 	files   peer.Files
 	host    *fakeHost
 	address string
@@ -166,7 +168,7 @@ func (l *lab) sign(tmpl, parent *x509.Certificate, key *ecdsa.PrivateKey) *x509.
 func (l *lab) newNode(name string) *labNode {
 	l.t.Helper()
 	dir := l.t.TempDir()
-	n := &labNode{lab: l, name: name, podsDir: filepath.Join(dir, "pods"), host: &fakeHost{prepared: map[string]string{}},
+	n := &labNode{lab: l, name: name, podsDir: filepath.Join(dir, "pods"), procDir: l.t.TempDir(), host: &fakeHost{prepared: map[string]string{}},
 		files: peer.Files{Cert: filepath.Join(dir, "crt"), Key: filepath.Join(dir, "key"), CA: filepath.Join(dir, "ca")}}
 	key := newKey(l.t)
 	cert := l.sign(&x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{peer.NodeURI(name)},
@@ -210,6 +212,7 @@ func (n *labNode) start() {
 	a := &agent{node: n.name, namespace: v1alpha1.SystemNamespace, version: "test", advertise: n.address,
 		client: n.lab.client, live: n.lab.client, host: n.host, peers: peer.NewClient(creds), devices: newDevices(n.podsDir),
 		events: events.NewFakeRecorder(1000), log: log, work: newWorkers(log), tries: newTries(),
+		found:  found{qemus: launcher.New(n.procDir)},
 		limits: limits{retry: 3 * time.Second, pause: 10 * time.Millisecond, call: 2 * time.Second, watch: 200 * time.Millisecond}}
 	n.agent = a
 	var dead atomic.Bool

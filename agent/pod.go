@@ -42,6 +42,9 @@ func (a *agent) reconcilePod(ctx context.Context, req ctrl.Request) (ctrl.Result
 	if alive == (holder{}) || !pod.DeletionTimestamp.IsZero() || kubevirt.IsTarget(pod) {
 		return ctrl.Result{}, nil
 	}
+	if has, err := a.hasVFIOUser(pod); err == nil && !has {
+		a.events.Eventf(pod, nil, corev1.EventTypeWarning, v1alpha1.ReasonVFIOUserMissing, "Pin", noVFIOUser)
+	}
 	what := "pod " + string(pod.UID)
 	_, err = a.pin(ctx, pod, handoff.RolePrimary)
 	var w *waiting

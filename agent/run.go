@@ -24,6 +24,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/launcher"
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/api/v1alpha1"
 )
@@ -61,6 +63,7 @@ func Run(ctx context.Context, o Options) error {
 		peers: peer.NewClient(creds), devices: newDevices(o.PodsDir),
 		events: mgr.GetEventRecorder("compsc-agent"), log: o.Log, limits: defaultLimits,
 		work: newWorkers(o.Log), tries: newTries(),
+		hooked: o.HookSocket != "", found: found{qemus: launcher.New(o.ProcDir)},
 	}
 	buildInfo.WithLabelValues(o.Version, "agent").Set(1)
 	if err := a.setup(mgr); err != nil {
@@ -68,7 +71,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	host, _ := os.Hostname()
 	instance := host + "_" + string(uuid.NewUUID())
-	for _, r := range []manager.RunnableFunc{
+	runnables := []manager.RunnableFunc{
 		func(ctx context.Context) error { a.heartbeat(ctx, instance); return nil },
 		func(ctx context.Context) error {
 			// Calls are answered from the cache where possible.
@@ -77,7 +80,21 @@ func Run(ctx context.Context, o Options) error {
 			}
 			return peer.NewServer(&service{agent: a}, a, creds, o.Log.With("part", "peer")).Serve(ctx, l)
 		},
-	} {
+	}
+	if a.hooked {
+		hooks, err := nodehook.Listen(o.HookSocket)
+		if err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+		defer hooks.Close()
+		runnables = append(runnables, func(ctx context.Context) error {
+			if !mgr.GetCache().WaitForCacheSync(ctx) {
+				return ctx.Err()
+			}
+			return nodehook.NewServer(a.node, a, o.Log.With("part", "hooks")).Serve(ctx, hooks)
+		})
+	}
+	for _, r := range runnables {
 		if err := mgr.Add(r); err != nil {
 			return fmt.Errorf("agent: %w", err)
 		}

@@ -72,6 +72,7 @@ func (a *agent) pinTarget(ctx context.Context, m *vfMigration) (ctrl.Result, err
 	what := tryPin + string(m.UID)
 	var w *waiting
 	var held *heldError
+	var f *failure
 	switch {
 	case errors.As(err, &w):
 		// The manager bounds it; people are told what is waited for.
@@ -85,11 +86,13 @@ func (a *agent) pinTarget(ctx context.Context, m *vfMigration) (ctrl.Result, err
 	case err != nil:
 		since := a.tries.failed(what)
 		a.log.Warn("pinning", "migration", m.Namespace+"/"+m.Name, "error", err, "for", since)
-		if since < a.limits.retry {
+		if !errors.As(err, &f) && since < a.limits.retry {
 			return ctrl.Result{RequeueAfter: a.limits.pause}, nil
 		}
 		reason := v1alpha1.ReasonPinFailed
-		if transient(err) && !errors.As(err, &held) {
+		if f != nil {
+			reason = f.reason
+		} else if transient(err) && !errors.As(err, &held) {
 			reason = v1alpha1.ReasonDeviceUnavailable
 		}
 		return ctrl.Result{}, a.ignoreOver(a.update(ctx, m, forward(func(m *vfMigration) {
@@ -130,6 +133,9 @@ func (a *agent) pinTargetPod(ctx context.Context, m *vfMigration) ([]pinned, err
 		return nil, fmt.Errorf("pod %s was not made to receive a VM: it has no label %s", t.PodName, kubevirt.LabelMigrationJobUID)
 	case kubevirt.Finished(pod) || !pod.DeletionTimestamp.IsZero():
 		return nil, fmt.Errorf("pod %s has ended or is being deleted", t.PodName)
+	}
+	if has, err := a.hasVFIOUser(pod); err == nil && !has {
+		return nil, failed(v1alpha1.ReasonIncompatible, "pod %s: %s", t.PodName, noVFIOUser)
 	}
 	pins, err := a.pin(ctx, pod, handoff.RoleTarget)
 	if err == nil && len(pins) == 0 {

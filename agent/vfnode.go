@@ -45,6 +45,10 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "InventoryFailed", cut(err.Error(), maxMessage)
 	}
 	meta.SetStatusCondition(&n.Status.Conditions, ready)
+	for _, c := range a.findings(ctx) {
+		c.ObservedGeneration = n.Generation
+		meta.SetStatusCondition(&n.Status.Conditions, c)
+	}
 	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
 	n.Status.PFs = nil
 	held := 0
@@ -72,7 +76,7 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	if ready.Status != metav1.ConditionTrue {
 		return ctrl.Result{RequeueAfter: a.limits.retry}, nil
 	}
-	return ctrl.Result{}, nil
+	return ctrl.Result{RequeueAfter: findingsAge}, nil
 }
 
 // holderShown is a lease's holder as a VFNode shows it.

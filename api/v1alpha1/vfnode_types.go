@@ -7,6 +7,33 @@ const (
 	// ConditionReady is True while the agent can serve migrations. An agent
 	// that died cannot say so: its lease tells.
 	ConditionReady = "Ready"
+	// ConditionKubeVirt is True while KubeVirt is installed and knows the
+	// compsc network binding, as VMs with VFs need it.
+	ConditionKubeVirt = "KubeVirt"
+	// ConditionNodeHooks is True while KubeVirt calls the agent at the points
+	// of a migration. Where it is False, the message tells what guards
+	// migrations instead.
+	ConditionNodeHooks = "NodeHooks"
+	// ConditionQEMU is True while the QEMU last seen in a virt-launcher of
+	// the node can attach VFs, False while it cannot, Unknown as long as none
+	// was seen.
+	ConditionQEMU = "QEMU"
+)
+
+// Reasons of these conditions that are not of package
+// agent/kubevirt/cluster, which has those of ConditionKubeVirt and
+// ConditionNodeHooks.
+const (
+	// ReasonNotServed: the agent was told not to serve KubeVirt's node hooks.
+	ReasonNotServed = "NotServed"
+	// ReasonUnreadable: the API server did not answer.
+	ReasonUnreadable = "Unreadable"
+	// ReasonNotSeen: no virt-launcher could be looked into yet.
+	ReasonNotSeen = "NotSeen"
+	// ReasonVFIOUserPresent and ReasonVFIOUserMissing: QEMU has, or lacks, its
+	// device vfio-user-pci (QEMU 10.1 and newer can be built with it).
+	ReasonVFIOUserPresent = "VFIOUserPresent"
+	ReasonVFIOUserMissing = "VFIOUserMissing"
 )
 
 // VFNodeSpec is empty: a VFNode only reports.

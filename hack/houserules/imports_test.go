@@ -32,11 +32,12 @@ type rule struct {
 // rules are the project's layers, from the top down.
 var rules = []rule{
 	{"", []string{"api/...", "controllers", "agent/..."}}, // main
-	{"controllers", []string{"api/...", "agent/kubevirt"}},
-	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubevirt", "agent/peer/..."}},
+	{"controllers", []string{"api/...", "agent/kubevirt/..."}},
+	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubevirt/...", "agent/peer/..."}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
-	{"agent/kubevirt/...", []string{"api/..."}},
+	{"agent/kubevirt/nodehook/hookpb", nil},
+	{"agent/kubevirt/...", []string{"api/...", "agent/kubevirt/..."}},
 	{"agent/device/controlpb", nil},
 	{"agent/device/handoff", nil},
 	{"agent/device/...", []string{"agent/device/...", "agent/compsc", "agent/family/...", "agent/gate", "agent/model", "agent/qemu", "agent/vfiouser", "agent/vfio"}},
@@ -62,7 +63,10 @@ var owned = []rule{
 	{"github.com/vishvananda/...", []string{"agent/host/...", "e2e/..."}},
 	{"github.com/digitalocean/go-qemu/...", []string{"agent/qemu/...", "e2e/..."}},
 	{"kubevirt.io/...", []string{"", "agent", "agent/kubevirt/...", "controllers", "e2e/..."}},
-	{"sigs.k8s.io/controller-runtime/...", []string{"", "agent", "api/...", "controllers", "e2e/..."}},
+	// Alpha APIs, which change with KubeVirt's releases.
+	{"kubevirt.io/api/plugin/...", []string{"agent/kubevirt/...", "e2e/..."}},
+	{"kubevirt.io/api/migrations/...", []string{"agent/kubevirt/...", "e2e/..."}},
+	{"sigs.k8s.io/controller-runtime/...", []string{"", "agent", "agent/kubevirt/cluster", "api/...", "controllers", "e2e/..."}},
 }
 
 // goPackage is what the test reads of `go list -json`.
@@ -182,6 +186,9 @@ func TestViolationsAreFound(t *testing.T) {
 		{"/agent/device", "github.com/vishvananda/netlink", false, true},
 		{"/agent/host", "github.com/vishvananda/netlink", false, false},
 		{"/agent/device", "kubevirt.io/api/core/v1", false, true},
+		{"/agent", "kubevirt.io/api/core/v1", false, false},
+		{"/agent", "kubevirt.io/api/plugin/v1alpha1", false, true},
+		{"/agent/kubevirt/cluster", "kubevirt.io/api/plugin/v1alpha1", false, false},
 	}
 	for _, test := range tests {
 		p := goPackage{ImportPath: module + test.path, Imports: []string{test.imports}}
