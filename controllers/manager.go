@@ -23,6 +23,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"compsc.io/compsc/agent/kubevirt"
+	kubecluster "compsc.io/compsc/agent/kubevirt/cluster"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -113,6 +114,7 @@ func newManager(o Options) (ctrl.Manager, error) {
 	for _, c := range []interface{ SetupWithManager(ctrl.Manager) error }{
 		r,
 		&AdoptionReconciler{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder},
+		&GuardReconciler{VFMigrationReconciler: r},
 	} {
 		if err := c.SetupWithManager(mgr); err != nil {
 			return nil, fmt.Errorf("set up controller: %w", err)
@@ -124,7 +126,7 @@ func newManager(o Options) (ctrl.Manager, error) {
 // newScheme registers the types that the manager handles.
 func newScheme() (*runtime.Scheme, error) {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, virtv1.AddToScheme, v1alpha1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, kubecluster.AddToScheme, v1alpha1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			return nil, fmt.Errorf("register API types: %w", err)
 		}
@@ -168,19 +170,28 @@ func trimPod(in any) (any, error) {
 	}, nil
 }
 
-// trimVMI keeps of a VMI what scope looks at.
+// trimVMI keeps of a VMI what is looked at: of its spec only the interfaces
+// with a VF, of its annotations only ours.
 func trimVMI(in any) (any, error) {
 	vmi, ok := in.(*virtv1.VirtualMachineInstance)
 	if !ok {
 		return in, nil
 	}
-	return &virtv1.VirtualMachineInstance{
+	out := &virtv1.VirtualMachineInstance{
 		TypeMeta:   vmi.TypeMeta,
 		ObjectMeta: trimMeta(&vmi.ObjectMeta),
 		Status: virtv1.VirtualMachineInstanceStatus{
 			Phase: vmi.Status.Phase, NodeName: vmi.Status.NodeName, MigrationState: vmi.Status.MigrationState,
 		},
-	}, nil
+	}
+	for _, name := range kubevirt.BoundInterfaces(vmi) {
+		out.Spec.Domain.Devices.Interfaces = append(out.Spec.Domain.Devices.Interfaces,
+			virtv1.Interface{Name: name, Binding: &virtv1.PluginBinding{Name: kubevirt.BindingName}})
+	}
+	if why, ok := vmi.Annotations[kubevirt.AnnotationMigrationBlocked]; ok {
+		out.Annotations = map[string]string{kubevirt.AnnotationMigrationBlocked: why}
+	}
+	return out, nil
 }
 
 func trimMeta(m *metav1.ObjectMeta) metav1.ObjectMeta {

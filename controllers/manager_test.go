@@ -9,6 +9,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	virtv1 "kubevirt.io/api/core/v1"
+
+	"compsc.io/compsc/agent/kubevirt"
 )
 
 func TestOptionsAreChecked(t *testing.T) {
@@ -43,7 +45,10 @@ func TestTrim(t *testing.T) {
 	f.vmi.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{MigrationUID: "vmim-uid"}
 	vmi := f.vmi.DeepCopy()
 	vmi.Annotations, vmi.ManagedFields = large.Annotations, large.ManagedFields
-	f.vmi.Spec = virtv1.VirtualMachineInstanceSpec{}
+	f.vmi.Spec.Domain.Devices.Interfaces = f.vmi.Spec.Domain.Devices.Interfaces[1:]
+	vmi.Spec.NodeSelector = map[string]string{"a": "b"}
+	f.vmi.Annotations = map[string]string{kubevirt.AnnotationMigrationBlocked: "why"}
+	metav1.SetMetaDataAnnotation(&vmi.ObjectMeta, kubevirt.AnnotationMigrationBlocked, "why")
 	if got, err = trimVMI(vmi); err != nil {
 		t.Fatal(err)
 	}

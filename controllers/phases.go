@@ -182,6 +182,9 @@ func (r *VFMigrationReconciler) followKubeVirt(_ context.Context, s *scope) (ctr
 	case s.vmi.IsFinal():
 		s.fail(v1alpha1.ReasonVMINotRunning, "VirtualMachineInstance %s came to phase %s during its migration; start the VM again",
 			s.vmi.Name, s.vmi.Status.Phase)
+	case s.postCopy() && !s.committed() && s.vmim.Status.Phase != virtv1.MigrationFailed:
+		s.fail(v1alpha1.ReasonPostCopyAllowed, "KubeVirt allows post-copy for VirtualMachineInstanceMigration %s, which the VM's VFs do not survive; "+
+			"forbid it in the MigrationPolicy that matches the VM", s.vmim.Name)
 	case s.vmim != nil && s.vmim.Status.Phase == virtv1.MigrationFailed:
 		if wait := s.migrationEnd().Add(FailureGrace).Sub(s.now); wait > 0 && wait <= FailureGrace {
 			return ctrl.Result{RequeueAfter: wait}, nil

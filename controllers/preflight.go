@@ -34,11 +34,16 @@ func refuse(reason, format string, args ...any) error {
 // could not be found out. A refusal is final, so all is read from the API
 // server itself.
 func (r *VFMigrationReconciler) preflight(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, error) {
-	vmi, ifaces, err := r.checkVMI(ctx, m)
-	if err != nil {
+	if err := r.checkOthers(ctx, m); err != nil {
 		return nil, err
 	}
-	if err := r.checkOthers(ctx, m); err != nil {
+	return r.assess(ctx, m)
+}
+
+// assess is preflight without regard to others that move the same VM.
+func (r *VFMigrationReconciler) assess(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, error) {
+	vmi, ifaces, err := r.checkVMI(ctx, m)
+	if err != nil {
 		return nil, err
 	}
 	pod, err := r.sourcePod(ctx, vmi)
@@ -52,6 +57,9 @@ func (r *VFMigrationReconciler) preflight(ctx context.Context, m *v1alpha1.VFMig
 	}
 	needed, err := r.checkSource(ctx, source.NodeName, m.Namespace+"/"+pod.Name, len(ifaces), nodes.Items)
 	if err != nil {
+		return nil, err
+	}
+	if err := r.checkGuards(ctx, vmi, pinned(nodes.Items, source.NodeName, m.Namespace+"/"+pod.Name)); err != nil {
 		return nil, err
 	}
 	return source, r.checkTargets(ctx, m.Spec.Target, source.NodeName, needed, nodes.Items)
@@ -200,7 +208,7 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		return refuse(v1alpha1.ReasonTargetNotFound,
 			"spec.target.nodeName %s is the node that the VM runs on; name another node", source)
 	}
-	var matching, unavailable, full []string
+	var matching, unavailable, unfit, full []string
 	for i := range nodes {
 		n := &nodes[i]
 		if n.Name == source {
@@ -222,6 +230,10 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 			unavailable = append(unavailable, n.Name+": "+why)
 			continue
 		}
+		if c := meta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionQEMU); c != nil && c.Status == metav1.ConditionFalse {
+			unfit = append(unfit, n.Name+": "+c.Message)
+			continue
+		}
 		missing := lacking(needed, count(n, ""))
 		if missing == "" {
 			return nil
@@ -232,6 +244,8 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 	case len(full) > 0:
 		return refuse(v1alpha1.ReasonNoFreeVF, "no node has enough free VFs (%s); free some, or add VFs there%s",
 			strings.Join(full, "; "), alsoDown(unavailable))
+	case len(unfit) > 0:
+		return refuse(v1alpha1.ReasonIncompatible, "no node can run the VM with its VFs (%s)%s", strings.Join(unfit, "; "), alsoDown(unavailable))
 	case len(unavailable) > 0:
 		return refuse(v1alpha1.ReasonAgentUnavailable, "no agent of a possible target node is available (%s); see that the compsc agent runs there",
 			strings.Join(unavailable, "; "))

@@ -51,8 +51,11 @@ const (
 // +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations/status,verbs=patch
 // +kubebuilder:rbac:groups=compsc.io,resources=vfmigrations/finalizers,verbs=update
-// +kubebuilder:rbac:groups=compsc.io,resources=vfnodes,verbs=list
-// +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstances,verbs=get;list;watch
+// +kubebuilder:rbac:groups=compsc.io,resources=vfnodes,verbs=list;watch
+// +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstances,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups=kubevirt.io,resources=kubevirts,verbs=list
+// +kubebuilder:rbac:groups=migrations.kubevirt.io,resources=migrationpolicies,verbs=list
+// +kubebuilder:rbac:groups="",resources=namespaces,verbs=get
 // +kubebuilder:rbac:groups=kubevirt.io,resources=virtualmachineinstancemigrations,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get

@@ -27,6 +27,8 @@ const (
 	// EventAdopted: a VirtualMachineInstanceMigration of somebody else got its
 	// VFMigration. On the VirtualMachineInstanceMigration.
 	EventAdopted = "MigrationAdopted"
+	// EventBlocked: a VMI cannot be moved as things are. On the VMI.
+	EventBlocked = "MigrationBlocked"
 	// EventSucceeded: a migration ended well. Also on the VMI.
 	EventSucceeded = "MigrationSucceeded"
 	// EventFailed: a migration ended badly. Also on the VMI.

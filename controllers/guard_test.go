@@ -1,0 +1,227 @@
+package controllers
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	virtv1 "kubevirt.io/api/core/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// allowPostCopy lets the whole cluster use it.
+func (f *fixture) allowPostCopy() *fixture {
+	kv := &virtv1.KubeVirt{ObjectMeta: metav1.ObjectMeta{Namespace: "kubevirt", Name: "kubevirt"}}
+	kv.Spec.Configuration.MigrationConfiguration = &virtv1.MigrationConfiguration{AllowPostCopy: new(true)}
+	f.others = append(f.others, kv)
+	return f
+}
+
+// hardware makes the VM's VF one behind kernel VFIO.
+func (f *fixture) hardware() *fixture {
+	f.vfnodes["node-a"].Status.PFs[0].Backend = backendVFIO
+	return f
+}
+
+func (f *fixture) lockMemory(how *virtv1.MemLockRequirement) *fixture {
+	f.vmi.Spec.Domain.Memory = &virtv1.Memory{ReservedOverhead: &virtv1.ReservedOverhead{MemLock: how}}
+	return f
+}
+
+// unfit makes a node's QEMU one that cannot attach VFs.
+func (f *fixture) unfit(node string, status metav1.ConditionStatus) *fixture {
+	f.vfnodes[node].Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionQEMU, Status: status,
+		Reason: v1alpha1.ReasonVFIOUserMissing, Message: "no device vfio-user-pci", LastTransitionTime: at(0)}}
+	return f
+}
+
+var guardCases = map[string]struct {
+	f      func() *fixture
+	reason string
+	text   string
+}{
+	"all well":            {newFixture, "", ""},
+	"modelled VF":         {func() *fixture { return newFixture().lockMemory(nil) }, "", ""},
+	"memory not lockable": {func() *fixture { return newFixture().hardware() }, v1alpha1.ReasonMemoryNotLockable, "memLock: Required"},
+	"memory not required": {func() *fixture {
+		return newFixture().hardware().lockMemory(new(virtv1.MemLockRequirement(virtv1.MemLockNotRequired)))
+	},
+		v1alpha1.ReasonMemoryNotLockable, "restart it"},
+	"memory lockable": {func() *fixture {
+		return newFixture().hardware().lockMemory(new(virtv1.MemLockRequirement(virtv1.MemLockRequired)))
+	}, "", ""},
+	"post-copy": {func() *fixture { return newFixture().allowPostCopy() }, v1alpha1.ReasonPostCopyAllowed,
+		"KubeVirt kubevirt/kubevirt (spec.configuration.migrations) allows post-copy"},
+	"no fit QEMU":       {func() *fixture { return newFixture().unfit("node-b", metav1.ConditionFalse) }, v1alpha1.ReasonIncompatible, "node-b: no device"},
+	"QEMU not seen":     {func() *fixture { return newFixture().unfit("node-b", metav1.ConditionUnknown) }, "", ""},
+	"the source's QEMU": {func() *fixture { return newFixture().unfit("node-a", metav1.ConditionFalse) }, "", ""},
+	"no free VF":        {func() *fixture { return newFixture().occupied() }, v1alpha1.ReasonNoFreeVF, "no node has enough free VFs"},
+}
+
+// What KubeVirt does not know to be dangerous is refused in preflight.
+func TestGuards(t *testing.T) {
+	for name, tc := range guardCases {
+		t.Run(name, func(t *testing.T) {
+			f := tc.f()
+			c := f.start(t)
+			if _, err := c.reconcile(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got, text := "", ""
+			if failure := c.vfm(t).Status.Failure; failure != nil {
+				got, text = failure.Reason, failure.Message
+			}
+			if got != tc.reason || !strings.Contains(text, tc.text) {
+				t.Errorf("refused for %q: %q, want %q: %q", got, text, tc.reason, tc.text)
+			}
+		})
+	}
+}
+
+// The same verdicts are on the VMI for admission policies, and go away with
+// their causes.
+func TestBlocked(t *testing.T) {
+	for name, tc := range guardCases {
+		t.Run(name, func(t *testing.T) {
+			f := tc.f()
+			f.vfm = nil
+			c := f.start(t)
+			r := &GuardReconciler{VFMigrationReconciler: c.r}
+			assess := func() *virtv1.VirtualMachineInstance {
+				t.Helper()
+				res, err := r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(f.vmi)})
+				if err != nil || res.RequeueAfter != assessInterval {
+					t.Fatal(res, err)
+				}
+				vmi := &virtv1.VirtualMachineInstance{}
+				if err := c.Get(t.Context(), client.ObjectKeyFromObject(f.vmi), vmi); err != nil {
+					t.Fatal(err)
+				}
+				return vmi
+			}
+			vmi := assess()
+			why := vmi.Annotations[kubevirt.AnnotationMigrationBlocked]
+			if vmi.Labels[kubevirt.LabelVF] != "true" || tc.reason == "" && why != "" ||
+				tc.reason != "" && (!strings.HasPrefix(why, tc.reason+": ") || !strings.Contains(why, tc.text)) {
+				t.Errorf("labels %v, blocked for %q", vmi.Labels, why)
+			}
+			events := len(c.rec.events)
+			if (events == 1) != (tc.reason != "") {
+				t.Errorf("events %v", c.rec.events)
+			}
+			version := vmi.ResourceVersion
+			if vmi = assess(); vmi.ResourceVersion != version || len(c.rec.events) != events {
+				t.Errorf("the same verdict was written or told twice: %v", c.rec.events)
+			}
+			if tc.reason != v1alpha1.ReasonNoFreeVF {
+				return
+			}
+			f.vfnodes["node-b"].Status.PFs[0].VFs[0].Holder = ""
+			n := &v1alpha1.VFNode{}
+			if err := c.Get(t.Context(), client.ObjectKey{Name: "node-b"}, n); err != nil {
+				t.Fatal(err)
+			}
+			n.Status.PFs[0].VFs[0].Holder = ""
+			if err := c.Update(t.Context(), n); err != nil {
+				t.Fatal(err)
+			}
+			if why, left := assess().Annotations[kubevirt.AnnotationMigrationBlocked]; left {
+				t.Errorf("still blocked for %q", why)
+			}
+		})
+	}
+}
+
+func TestNotAssessed(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*virtv1.VirtualMachineInstance)
+		after  time.Duration
+	}{
+		"no VF":       {func(v *virtv1.VirtualMachineInstance) { v.Spec.Domain.Devices.Interfaces = nil }, 0},
+		"not running": {func(v *virtv1.VirtualMachineInstance) { v.Status.Phase = virtv1.Scheduled }, 0},
+		"on its way": {func(v *virtv1.VirtualMachineInstance) {
+			start := at(0)
+			v.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{StartTimestamp: &start}
+		}, assessInterval},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture().occupied()
+			f.vfm = nil
+			tc.change(f.vmi)
+			c := f.start(t)
+			r := &GuardReconciler{VFMigrationReconciler: c.r}
+			res, err := r.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(f.vmi)})
+			if err != nil || res.RequeueAfter != tc.after {
+				t.Error(res, err)
+			}
+			vmi := &virtv1.VirtualMachineInstance{}
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(f.vmi), vmi); err != nil || len(vmi.Labels)+len(vmi.Annotations)+len(c.rec.events) != 0 {
+				t.Errorf("%v, %v, %v, %v", vmi.Labels, vmi.Annotations, c.rec.events, err)
+			}
+		})
+	}
+}
+
+// Post-copy that KubeVirt has settled on for this very migration ends it, as
+// long as that helps.
+func TestPostCopyIsNoticed(t *testing.T) {
+	for name, tc := range map[string]struct {
+		f    *fixture
+		want string
+	}{
+		"prepared": {reached(v1alpha1.ConditionPrepared, virtv1.MigrationTargetReady), v1alpha1.ReasonPostCopyAllowed},
+		"restored": {reached(v1alpha1.ConditionRestored, virtv1.MigrationRunning), ""},
+	} {
+		for allowed, want := range map[bool]string{true: tc.want, false: ""} {
+			f := tc.f
+			f.vmi.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{MigrationUID: "vmim-uid",
+				VMIMConfigurationOptions: &virtv1.VMIMConfigurationOptions{AllowPostCopy: &allowed}}
+			c := f.start(t)
+			if _, err := c.reconcile(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got := ""
+			if failure := c.vfm(t).Status.Failure; failure != nil {
+				got = failure.Reason
+			}
+			if got != want {
+				t.Errorf("%s, allowed %v: failure %q, want %q", name, allowed, got, want)
+			}
+		}
+	}
+}
+
+func TestWorthAssessing(t *testing.T) {
+	base := newFixture().vmi
+	for name, tc := range map[string]struct {
+		change func(*virtv1.VirtualMachineInstance)
+		want   bool
+	}{
+		"nothing": {func(v *virtv1.VirtualMachineInstance) { v.ResourceVersion = "9" }, false},
+		"phase":   {func(v *virtv1.VirtualMachineInstance) { v.Status.Phase = virtv1.Failed }, true},
+		"node":    {func(v *virtv1.VirtualMachineInstance) { v.Status.NodeName = "node-b" }, true},
+		"label":   {func(v *virtv1.VirtualMachineInstance) { v.Labels = map[string]string{kubevirt.LabelVF: "true"} }, true},
+		"annotation": {func(v *virtv1.VirtualMachineInstance) {
+			v.Annotations = map[string]string{kubevirt.AnnotationMigrationBlocked: ""}
+		}, false},
+		"migration": {func(v *virtv1.VirtualMachineInstance) {
+			v.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{}
+		}, true},
+	} {
+		changed := base.DeepCopy()
+		tc.change(changed)
+		if got := worthAssessing(event.UpdateEvent{ObjectOld: base, ObjectNew: changed}); got != tc.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+	if !worthAssessing(event.UpdateEvent{ObjectOld: &corev1.Pod{}, ObjectNew: &corev1.Pod{}}) {
+		t.Error("what is not understood is not assessed")
+	}
+}
