@@ -49,7 +49,7 @@ twin: ## Compare random guests that move with their twins that stay; SEEDS=n for
 	@go test -count=1 -timeout=60m -run='^TestTwin$$' $(TESTFLAGS) ./e2e/twin -seeds=$(SEEDS) $(if $(SEED),-seed=$(SEED) -v)
 
 .PHONY: apiserver
-apiserver: kube kubevirt-crds ## Run the tests against a real kube-apiserver.
+apiserver: kube kubevirt-crds kubevirt-hooks ## Run the tests against a real kube-apiserver.
 	@hack/test apiserver $(TESTFLAGS)
 
 .PHONY: qemu
@@ -115,6 +115,10 @@ kubevirt-crds:
 .PHONY: kubevirt
 kubevirt: guest kube ## Make what a Kubernetes with real nodes and KubeVirt consists of (half an hour if nothing is cached).
 	@hack/kubevirt/build
+
+.PHONY: kubevirt-hooks
+kubevirt-hooks:
+	@hack/kubevirt-hooks/build
 
 .PHONY: demo
 demo: artifacts compsc-demo ## Move a running VM with its VF between two simulated nodes (as root); HOPS=n for n moves.

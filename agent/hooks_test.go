@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -33,19 +34,7 @@ func (n *labNode) serveHooks() func(point nodehook.Point, change ...func(*virtv1
 	t := n.lab.t
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "compsc.sock")
-	l, err := nodehook.Listen(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- nodehook.NewServer(n.name, lateAgent{n}, n.agent.log).Serve(ctx, l) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	n.listenForHooks(path)
 	return func(point nodehook.Point, change ...func(*virtv1.VirtualMachineInstance)) error {
 		t.Helper()
 		vmi := &virtv1.VirtualMachineInstance{}
@@ -71,6 +60,31 @@ func (n *labNode) serveHooks() func(point nodehook.Point, change ...func(*virtv1
 			HookPoint: string(point), Vmi: text, NodeContext: &hookpb.NodeContext{NodeName: n.name}})
 		return err
 	}
+}
+
+// listenForHooks serves the node's hooks at a socket, until the returned
+// function is called, at the test's end at the latest.
+func (n *labNode) listenForHooks(path string) (stop func()) {
+	t := n.lab.t
+	t.Helper()
+	l, err := nodehook.Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- nodehook.NewServer(n.name, lateAgent{n}, n.agent.log).Serve(ctx, l) }()
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(stop)
+	return stop
 }
 
 // lateAgent is the node's agent of the moment: it may be restarted.
