@@ -1,0 +1,237 @@
+package domain
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"libvirt.org/go/libvirtxml"
+)
+
+var config = Config{
+	VFs: []VF{
+		{Slot: 0x10, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock"},
+		{Slot: 0x11, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock"},
+	},
+	Gate:    "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/gate.sock",
+	Monitor: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/qmp.sock",
+}
+
+func read(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", name+".xml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// parts is what a document says: elements, attributes and texts with their
+// paths, in its order, without those below the paths that skip names.
+func parts(t testing.TB, doc []byte, skip ...string) []string {
+	t.Helper()
+	var out, path []string
+	dec := xml.NewDecoder(bytes.NewReader(doc))
+	for {
+		tok, err := dec.Token()
+		if tok == nil {
+			return out
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		add := func(s string) {
+			at := strings.Join(path, "/")
+			if !slices.ContainsFunc(skip, func(s string) bool { return strings.HasPrefix(at, s) }) {
+				out = append(out, at+s)
+			}
+		}
+		switch e := tok.(type) {
+		case xml.StartElement:
+			path = append(path, e.Name.Local)
+			add("")
+			for _, a := range e.Attr {
+				add("@" + a.Name.Local + "=" + a.Value)
+			}
+		case xml.CharData:
+			if s := strings.TrimSpace(string(e)); s != "" {
+				add("=" + s)
+			}
+		case xml.EndElement:
+			path = path[:len(path)-1]
+		}
+	}
+}
+
+// TestDefine: of what KubeVirt made nothing is lost, and the VFs' parts are
+// there, once, however often it is done.
+func TestDefine(t *testing.T) {
+	for _, name := range []string{"kernel-boot", "rich", "hugepages", "root-complex"} {
+		t.Run(name, func(t *testing.T) {
+			in := read(t, name)
+			out, err := Define(in, config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			changed := []string{"domain/memoryBacking", "domain/commandline"}
+			if d := cmp.Diff(parts(t, in, changed...), parts(t, out, changed...)); d != "" {
+				t.Errorf("other parts (-in +out):\n%s", d)
+			}
+			again, err := Define(out, config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(string(out), string(again)); d != "" {
+				t.Errorf("done again (-once +twice):\n%s", d)
+			}
+			d := &libvirtxml.Domain{}
+			if err := d.Unmarshal(string(out)); err != nil {
+				t.Fatal(err)
+			}
+			m := d.MemoryBacking
+			if m.MemorySource.Type != "memfd" || m.MemoryAccess.Mode != "shared" || m.MemoryAllocation.Mode != "immediate" || (m.MemoryHugePages != nil) != (name == "hugepages") {
+				t.Errorf("memoryBacking is %+v", m)
+			}
+			want := []string{
+				"-blockdev", `{"driver":"nbd","export":"","node-name":"compsc-nbd","reconnect-delay":3,"server":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/gate.sock","type":"unix"}}`,
+				"-blockdev", `{"driver":"qcow2","file":"compsc-nbd","node-name":"compsc-gate"}`,
+				"-chardev", "socket,id=compsc-qmp,path=/var/run/kubevirt-hooks/hook-sidecar-0/compsc/qmp.sock,server=on,wait=off",
+				"-mon", "chardev=compsc-qmp,mode=control",
+				"-device", `{"addr":"0x10","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf10","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock","type":"unix"}}`,
+				"-device", `{"addr":"0x11","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf11","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock","type":"unix"}}`,
+			}
+			if name == "rich" {
+				want = append([]string{"-fw_cfg", "name=opt/com.coreos/config,file=/var/run/libvirt/ignition-dir/default/vm/data.ign"}, want...)
+			}
+			var got []string
+			for _, a := range d.QEMUCommandline.Args {
+				got = append(got, a.Value)
+			}
+			if d := cmp.Diff(want, got); d != "" {
+				t.Errorf("arguments (-want +got):\n%s", d)
+			}
+		})
+	}
+}
+
+// TestSharedMemoryStays: what asks for shared memory already is not doubled.
+func TestSharedMemoryStays(t *testing.T) {
+	in := bytes.Replace(read(t, "hugepages"), []byte(`<source type="memfd"></source>`), []byte(`<source type="memfd"/><access mode="shared"/><allocation threads="2" mode="ondemand"/><nosharepages/>`), 1)
+	out, err := Define(in, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(out, []byte("<memoryBacking")); n != 1 || !bytes.Contains(out, []byte("<nosharepages>")) ||
+		!bytes.Contains(out, []byte(`<allocation mode="immediate" threads="2">`)) {
+		t.Errorf("%d elements memoryBacking in:\n%s", n, out)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	for name, c := range map[string]struct {
+		file     string
+		old, new string // replaced in the file
+		config   func(*Config)
+		want     string
+	}{
+		"huge pages without memfd": {file: "hugepages-no-memfd", want: `remove the annotation kubevirt.io/memfd: "false"`},
+		"private huge pages":       {file: "hugepages", old: `<source type="memfd"></source>`, new: `<source type="memfd"/><access mode="private"/>`, want: `access of mode "private"`},
+		"file memory":              {file: "hugepages", old: `type="memfd"`, new: `type="file"`, want: `source of type "file"`},
+		"private NUMA cell":        {file: "hugepages", old: `<cell id="0"`, new: `<cell id="0" memAccess="private"`, want: "NUMA cell 0 is private"},
+		"private memory device":    {file: "kernel-boot", old: "<rng ", new: `<memory model="dimm" access="private"/><rng `, want: "a memory device is private"},
+		"i440fx":                   {file: "kernel-boot", old: `machine="q35"`, new: `machine="pc-i440fx-9.2"`, want: `machine "pc-i440fx-9.2" of architecture "x86_64"`},
+		"arm":                      {file: "kernel-boot", old: `arch="x86_64"`, new: `arch="aarch64"`, want: `of architecture "aarch64"`},
+		"Xen":                      {file: "kernel-boot", old: `type="qemu"`, new: `type="xen"`, want: `domain type "xen"`},
+		"encrypted memory":         {file: "kernel-boot", old: "</domain>", new: `<launchSecurity type="sev"><policy>0x1</policy></launchSecurity></domain>`, want: "remove spec.domain.launchSecurity"},
+		"IOMMU":                    {file: "kernel-boot", old: "<rng ", new: `<iommu model="intel"/><rng `, want: "remove the IOMMU"},
+		"PCI address taken": {file: "root-complex", old: `slot="0x05"`, new: `slot="0x11"`,
+			want: "PCI address 0000:00:11.0 of the guest, where a VF is to be, is that of a rng"},
+		"PCI address unreadable": {file: "root-complex", old: `slot="0x05"`, new: `slot="five"`, want: "domain XML"},
+		"no domain":              {file: "kernel-boot", old: "<domain", new: "<network", want: "domain XML"},
+		"cut off":                {file: "kernel-boot", old: "</domain>", new: "", want: "domain XML"},
+		"two memory backings":    {file: "hugepages", old: "<os>", new: "<memoryBacking/><os>", want: "two elements memoryBacking"},
+		"no VF":                  {file: "kernel-boot", config: func(c *Config) { c.VFs = nil }, want: "no VF"},
+		"same slot":              {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Slot = 0x10 }, want: "given twice"},
+		"slot 32":                {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Slot = 32 }, want: "PCI slot 0x20"},
+		"comma":                  {file: "kernel-boot", config: func(c *Config) { c.Monitor = "/a,b" }, want: `"/a,b" is not`},
+		"long path":              {file: "kernel-boot", config: func(c *Config) { c.Gate = "/" + strings.Repeat("a", 107) }, want: "at most 107 bytes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := read(t, c.file)
+			if c.old != "" {
+				changed := bytes.Replace(in, []byte(c.old), []byte(c.new), 1)
+				if bytes.Equal(changed, in) {
+					t.Fatalf("the file has no %s", c.old)
+				}
+				in = changed
+			}
+			cfg := config
+			cfg.VFs = slices.Clone(config.VFs)
+			if c.config != nil {
+				c.config(&cfg)
+			}
+			if _, err := Define(in, cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error %v, want one with %q", err, c.want)
+			}
+		})
+	}
+	// A host device's own address is the host's.
+	in := bytes.Replace(read(t, "kernel-boot"), []byte("<rng "), []byte(`<hostdev mode="subsystem" type="pci"><source><address domain="0x0000" bus="0x00" slot="0x10" function="0x0"/></source></hostdev><rng `), 1)
+	if _, err := Define(in, config); err != nil {
+		t.Errorf("a host device: %v", err)
+	}
+}
+
+// TestOtherArgumentsStay: only arguments of our own are replaced.
+func TestOtherArgumentsStay(t *testing.T) {
+	in := []string{"-device", `{"driver":"edu","id":"edu0"}`, "-chardev", "null,id=c", "-S", "-device", "-device",
+		"-device", `{"driver":"x","id":"compsc-vf05"}`, "-blockdev", "driver=null-co,node-name=n", "-mon", "chardev=compsc-qmp"}
+	var args []libvirtxml.DomainQEMUCommandlineArg
+	for _, a := range in {
+		args = append(args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
+	}
+	var got []string
+	for _, a := range foreign(args) {
+		got = append(got, a.Value)
+	}
+	want := append(slices.Clone(in[:7]), in[9:11]...)
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+func FuzzDefine(f *testing.F) {
+	for _, name := range []string{"kernel-boot", "rich", "hugepages", "hugepages-no-memfd", "root-complex"} {
+		f.Add(read(f, name))
+	}
+	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35">hvm</type></os></domain>`))
+	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35"/></os><memoryBacking/><x:commandline xmlns:x="http://libvirt.org/schemas/domain/qemu/1.0"/></domain><!-- -->`))
+	f.Fuzz(func(t *testing.T, doc []byte) {
+		out, err := Define(doc, config)
+		if err != nil {
+			return
+		}
+		again, err := Define(out, config)
+		if err != nil {
+			t.Fatalf("what was made of %q is refused: %v", doc, err)
+		}
+		if !bytes.Equal(out, again) {
+			t.Fatalf("%q becomes\n%q, and that\n%q", doc, out, again)
+		}
+		d := &libvirtxml.Domain{}
+		if err := d.Unmarshal(string(out)); err != nil {
+			t.Fatal(err)
+		}
+		var device struct{ Addr string }
+		args := d.QEMUCommandline.Args
+		if err := json.Unmarshal([]byte(args[len(args)-1].Value), &device); err != nil || device.Addr != "0x11" {
+			t.Fatalf("the last argument is %q", args[len(args)-1].Value)
+		}
+	})
+}

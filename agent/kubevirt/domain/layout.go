@@ -1,0 +1,155 @@
+package domain
+
+import (
+	"bytes"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+)
+
+const qemuNamespace = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+// span is where an element is in a document.
+type span struct{ start, end int64 }
+
+// layout is what a domain's XML has, and where, that libvirtxml does not tell.
+type layout struct {
+	// memory and commandline are where the elements are that change, empty at
+	// the document's end if it has none.
+	memory, commandline span
+	// users are the guest's devices by their device number on PCI bus 0.
+	users map[uint64]string
+	// iommu tells whether the guest has one.
+	iommu bool
+	// private names a part of the guest's memory that is not shared.
+	private string
+}
+
+// scan reads the document.
+func scan(doc []byte) (*layout, error) {
+	l := &layout{users: map[uint64]string{}}
+	dec := xml.NewDecoder(bytes.NewReader(doc))
+	var path []string
+	var open span // the element at depth 2
+	for {
+		at := dec.InputOffset()
+		t, err := dec.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch e := t.(type) {
+		case xml.StartElement:
+			path = append(path, e.Name.Local)
+			if len(path) == 2 {
+				open.start = at
+			}
+			if err := l.element(path, e.Attr); err != nil {
+				return nil, err
+			}
+		case xml.EndElement:
+			open.end = dec.InputOffset()
+			switch {
+			case len(path) == 1:
+				end := span{at, at}
+				if l.memory == (span{}) {
+					l.memory = end
+				}
+				if l.commandline == (span{}) {
+					l.commandline = end
+				}
+			case len(path) != 2:
+			case e.Name.Local == "memoryBacking" && e.Name.Space == "":
+				if l.memory != (span{}) {
+					return nil, errors.New("two elements memoryBacking")
+				}
+				l.memory = open
+			case e.Name.Local == "commandline" && e.Name.Space == qemuNamespace:
+				if l.commandline != (span{}) {
+					return nil, errors.New("two elements qemu:commandline")
+				}
+				l.commandline = open
+			}
+			path = path[:len(path)-1]
+		}
+	}
+	if l.memory == (span{}) {
+		return nil, errors.New("no element domain")
+	}
+	return l, nil
+}
+
+// element looks at one element.
+func (l *layout) element(path []string, attrs []xml.Attr) error {
+	get := func(name string) string {
+		for _, a := range attrs {
+			if a.Name.Local == name {
+				return a.Value
+			}
+		}
+		return ""
+	}
+	switch {
+	case len(path) == 1 && path[0] != "domain":
+		return fmt.Errorf("element %s, want domain", path[0])
+	case slices.Equal(path, []string{"domain", "devices", "iommu"}):
+		l.iommu = true
+	case slices.Equal(path, []string{"domain", "cpu", "numa", "cell"}) && get("memAccess") == "private":
+		l.private = "cpu: NUMA cell " + get("id")
+	case slices.Equal(path, []string{"domain", "devices", "memory"}) && get("access") == "private":
+		l.private = "a memory device"
+	// The address of a device's source is the host's.
+	case len(path) == 4 && path[1] == "devices" && path[3] == "address" && get("type") == "pci":
+		domain, err1 := number(get("domain"))
+		bus, err2 := number(get("bus"))
+		slot, err3 := number(get("slot"))
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return fmt.Errorf("PCI address of a %s: %w", path[2], err)
+		}
+		if domain == 0 && bus == 0 {
+			l.users[slot] = path[2]
+		}
+	}
+	return nil
+}
+
+// number reads what libvirt takes for a number; absent is 0.
+func number(s string) (uint64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	return strconv.ParseUint(s, 0, 32)
+}
+
+// conflicts refuses VFs where the guest has something else.
+func (l *layout) conflicts(vfs []VF) error {
+	for _, v := range vfs {
+		if user, taken := l.users[uint64(v.Slot)]; taken {
+			return fmt.Errorf("PCI address 0000:00:%02x.0 of the guest, where a VF is to be, is that of a %s: "+
+				"give the interface another pciAddress on bus 0, or remove the VMI's annotation kubevirt.io/placePCIDevicesOnRootComplex", v.Slot, user)
+		}
+	}
+	return nil
+}
+
+// replace returns the document with these elements in the places of its own.
+func (l *layout) replace(doc, memory, commandline []byte) []byte {
+	type edit struct {
+		span
+		with []byte
+	}
+	edits := []edit{{l.memory, memory}, {l.commandline, commandline}}
+	slices.SortStableFunc(edits, func(a, b edit) int { return int(a.start - b.start) })
+	var out []byte
+	var at int64
+	for _, e := range edits {
+		out = append(append(out, doc[at:e.start]...), e.with...)
+		at = e.end
+	}
+	return append(out, doc[at:]...)
+}
