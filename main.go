@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/go-logr/logr"
@@ -20,7 +18,6 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 
 	"compsc.io/compsc/agent"
-	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/host"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
@@ -62,7 +59,11 @@ func rootCommand() *cobra.Command {
 		ctrl.SetLogger(logr.FromSlogHandler(h))
 		return nil
 	}
-	root.AddCommand(managerCommand(), agentCommand(), deviceCommand(), readyCommand())
+	device := deviceCommand()
+	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand())
+	if isSidecar() {
+		root.RunE = device.RunE
+	}
 	for _, extra := range extras {
 		extra(root)
 	}
@@ -157,58 +158,4 @@ func modelHost(flags []string) (*host.Model, error) {
 		pfs = append(pfs, pf)
 	}
 	return host.NewModel(pfs...)
-}
-
-// deviceOptions holds what the device subcommand's flags say; extras may
-// change it.
-var deviceOptions device.Options
-
-// deviceDir is where a sidecar of KubeVirt's has its sockets.
-const deviceDir = "/var/run/kubevirt-hooks/compsc"
-
-// readyCommand is the sidecar's readiness probe: the kubelet's own gRPC probe
-// reaches TCP ports only.
-func readyCommand() *cobra.Command {
-	var dir string
-	c := &cobra.Command{
-		Use:   "ready",
-		Short: "Tell by the exit status whether the VM's device process is ready (readiness probe of the sidecar)",
-		Args:  cobra.NoArgs,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return device.Ready(cmd.Context(), dir) },
-	}
-	c.Flags().StringVar(&dir, "dir", deviceDir, "directory of the device process's sockets")
-	return c
-}
-
-func deviceCommand() *cobra.Command {
-	var interfaces []string
-	c := &cobra.Command{
-		Use:   "device",
-		Short: "Mediate the VFs of one VM (runs as a sidecar in its pod)",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			for _, s := range interfaces {
-				i, err := parseInterface(s)
-				if err != nil {
-					return fmt.Errorf("--interface: %w", err)
-				}
-				deviceOptions.Interfaces = append(deviceOptions.Interfaces, i)
-			}
-			deviceOptions.Log = slog.Default()
-			return device.Run(cmd.Context(), deviceOptions)
-		},
-	}
-	f := c.Flags()
-	f.StringVar(&deviceOptions.Dir, "dir", deviceDir, "directory of the sockets")
-	f.StringArrayVar(&interfaces, "interface", nil, "interface of the VMI and its PCI slot in the guest, such as net1=0x5; may be repeated")
-	return c
-}
-
-func parseInterface(s string) (device.InterfaceConfig, error) {
-	name, slot, ok := strings.Cut(s, "=")
-	n, err := strconv.ParseUint(slot, 0, 8)
-	if !ok || err != nil {
-		return device.InterfaceConfig{}, fmt.Errorf("%q is not NAME=SLOT with a number as slot, such as net1=0x5", s)
-	}
-	return device.InterfaceConfig{Name: name, Slot: int(n)}, nil
 }

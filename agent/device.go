@@ -142,19 +142,39 @@ func dialSocket(ctx context.Context, podsDir string, pod types.UID, name string)
 // in a volume that a pod's containers can write to: below it no symbolic link
 // is followed, so that a pod cannot lead the agent to a socket of the node.
 func openSocket(podsDir string, pod types.UID, name string) (path string, done func(), err error) {
-	full := filepath.Join(kubevirt.DeviceDir(podsDir, pod), name)
-	dir, base := filepath.Split(filepath.Dir(full))
-	volume, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", nil, fmt.Errorf("%s: %w", dir, err)
+	for n := range kubevirt.MaxSidecars {
+		var nerr error
+		path, done, nerr = openSocketBelow(kubevirt.DeviceDir(podsDir, pod, n), name)
+		if nerr == nil {
+			return path, done, nil
+		}
+		// Another sidecar of the pod has no such directory.
+		if err == nil || !errors.Is(nerr, unix.ENOENT) {
+			err = nerr
+		}
 	}
-	defer unix.Close(volume)
-	own, err := unix.Openat(volume, base, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	return "", nil, err
+}
+
+// openSocketBelow opens a socket in the directory of one sidecar's device
+// process, which need not be there.
+func openSocketBelow(dir, name string) (path string, done func(), err error) {
+	full := filepath.Join(dir, name)
+	sidecar := filepath.Dir(dir)
+	at, err := unix.Open(filepath.Dir(sidecar), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", nil, fmt.Errorf("%s: %w", filepath.Dir(full), err)
+		return "", nil, fmt.Errorf("%s: %w", filepath.Dir(sidecar), err)
 	}
-	defer unix.Close(own)
-	fd, err := unix.Openat(own, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	defer func() { unix.Close(at) }()
+	for _, part := range []string{filepath.Base(sidecar), filepath.Base(dir)} {
+		next, err := unix.Openat(at, part, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return "", nil, fmt.Errorf("%s of %s: %w", part, full, err)
+		}
+		unix.Close(at)
+		at = next
+	}
+	fd, err := unix.Openat(at, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", nil, fmt.Errorf("%s: %w", full, err)
 	}

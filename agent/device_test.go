@@ -85,7 +85,7 @@ func TestLinksAreNotFollowed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			pods := t.TempDir()
-			if err := plant(kubevirt.DeviceDir(pods, "pod")); err != nil {
+			if err := plant(kubevirt.DeviceDir(pods, "pod", 0)); err != nil {
 				t.Fatal(err)
 			}
 			c, err := dialSocket(t.Context(), pods, "pod", controlSocket)

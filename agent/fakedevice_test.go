@@ -55,7 +55,7 @@ const interfaceName = "blue"
 func startDevice(t *testing.T, podsDir string, pod types.UID) (*fakeDevice, func()) {
 	t.Helper()
 	d := &fakeDevice{changed: make(chan struct{}), handoffs: map[string]handoff.Handoff{}, phase: pb.Phase_PHASE_UNATTACHED, calls: map[string]int{}}
-	dir := kubevirt.DeviceDir(podsDir, pod)
+	dir := kubevirt.DeviceDir(podsDir, pod, 1)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

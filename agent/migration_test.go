@@ -16,6 +16,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -166,7 +167,7 @@ func TestMigration(t *testing.T) {
 	if s.dst.states[0].Epoch != 1 || len(s.dst.states[0].State) != 1234 {
 		t.Errorf("state delivered: epoch %d, %d bytes", s.dst.states[0].Epoch, len(s.dst.states[0].State))
 	}
-	if h := s.dst.handoffs[interfaceName]; h.Role != handoff.RoleTarget || h.MAC != mac || h.VF != vfB {
+	if h := s.dst.handoffs[interfaceName]; h.Role != handoff.RoleTarget || h.MAC != mac || h.VF != vfB || h.Slot != kubevirt.FirstSlot || h.Of != 1 {
 		t.Errorf("handoff %+v", h)
 	}
 

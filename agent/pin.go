@@ -40,6 +40,8 @@ func wait(again time.Duration, format string, args ...any) error {
 type pinned struct {
 	iface string
 	ref   v1alpha1.VFReference
+	// slot is the VF's device number in the guest, of how many VFs the VM has.
+	slot, of int
 }
 
 // interfaces returns what the pod's VMI has of interfaces with a VF. It does not
@@ -116,7 +118,7 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 		if err != nil {
 			return nil, fmt.Errorf("interface %s: %w", i.Name, err)
 		}
-		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}})
+		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}, i.Slot, len(ifaces)})
 	}
 
 	st, err := a.status(ctx, d)
@@ -161,7 +163,7 @@ func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, rol
 	}
 	defer v.Close() // the device process has its own descriptors by then
 	return d.handOver(ctx, handoff.Handoff{
-		Interface: p.iface, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
+		Interface: p.iface, Slot: p.slot, Of: p.of, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
 		MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Trust: v.Model.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
 		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType, MTU: v.Model.MTU},
 	}, v.Files)

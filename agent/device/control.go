@@ -78,8 +78,8 @@ func (p *process) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply, e
 	p.get(func() {
 		r.Role, r.Phase, r.MigrationUid, r.LastError = p.role, p.phase, p.uid, p.lastError
 	})
-	r.QemuConnected = true
-	for _, i := range p.ifaces {
+	r.QemuConnected = len(p.interfaces()) > 0
+	for _, i := range p.interfaces() {
 		s := &pb.InterfaceStatus{Name: i.cfg.Name}
 		if vf := i.get(); vf != nil {
 			s.Vf, s.Mac, s.Epoch = vf.handoff.VF, vf.handoff.MAC, vf.handoff.Epoch

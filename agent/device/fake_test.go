@@ -47,6 +47,7 @@ var le = binary.LittleEndian
 type node struct {
 	t    *testing.T
 	dir  string
+	proc *Process
 	ctl  pb.DeviceClient
 	wire int // the other end of the VF's wire
 
@@ -94,17 +95,23 @@ func (l *eventLog) has(status string) bool {
 func startNode(t *testing.T, role string, epoch uint64, change func(*Options, *handoff.Handoff)) *node {
 	t.Helper()
 	n := &node{t: t, dir: t.TempDir(), marked: map[uint64]bool{}, log: &eventLog{Handler: slog.DiscardHandler, seen: map[string]int{}}}
-	o := Options{Dir: n.dir, Interfaces: []InterfaceConfig{{Name: "net1", Slot: 5}}, Log: slog.New(n.log)}
+	// QEMU sees the sockets at the same place on both nodes.
+	o := Options{Dir: n.dir, QEMUDir: "/vm", Log: slog.New(n.log)}
 	h := handoff.Handoff{
-		Interface: "net1", VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
+		Interface: "net1", Slot: 5, Of: 1, VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
 		Backend: handoff.BackendModel, MAC: guestMAC, Epoch: epoch, Role: role,
 	}
 	if change != nil {
 		change(&o, &h)
 	}
+	proc, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.proc = proc
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Run(ctx, o) }()
+	go func() { done <- proc.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -164,7 +171,7 @@ func (n *node) startQEMU(status string) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), testTime)
 	defer cancel()
-	if n.client, err = vfiouser.Dial(ctx, filepath.Join(n.dir, "net1.sock"), n); err != nil {
+	if n.client, err = vfiouser.Dial(ctx, filepath.Join(n.dir, VFSocket(5)), n); err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(n.client.Close)

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,10 +21,18 @@ import (
 	"compsc.io/compsc/agent/vfiouser"
 )
 
-// iface is one interface of the VM with its VF. Its lifetime is the process's;
-// the VF is attached once and stays.
+// interfaceConfig is one interface of the VM with a VF.
+type interfaceConfig struct {
+	// Name of the VMI's interface.
+	Name string
+	// Slot is the VF's device number on bus 0 of the guest, 1 to 31.
+	Slot int
+}
+
+// iface is one interface of the VM with its VF. It comes with its VF and
+// stays as long as the process.
 type iface struct {
-	cfg    InterfaceConfig
+	cfg    interfaceConfig
 	p      *process
 	log    *slog.Logger
 	server *vfiouser.Server
@@ -58,15 +67,18 @@ type attachedVF struct {
 }
 
 // newIface makes the interface and its vfio-user socket.
-func newIface(p *process, cfg InterfaceConfig, log *slog.Logger) (*iface, error) {
+func newIface(p *process, cfg interfaceConfig, log *slog.Logger) (*iface, error) {
 	i := &iface{cfg: cfg, p: p, log: log, running: make(chan struct{})}
 	close(i.running)
 	var err error
-	i.server, err = vfiouser.Listen(p.path(cfg.Name+SocketSuffix), i, vfiouser.Options{Logger: log})
+	i.server, err = vfiouser.Listen(p.path(VFSocket(cfg.Slot)), i, vfiouser.Options{Logger: log})
 	return i, err
 }
 
 func (i *iface) attached() bool { return i.get() != nil }
+
+// qemuSocket is the VF's socket as QEMU sees it.
+func (i *iface) qemuSocket() string { return filepath.Join(i.p.opts.QEMUDir, VFSocket(i.cfg.Slot)) }
 
 func (i *iface) get() *attachedVF {
 	i.mu.Lock()
@@ -199,6 +211,8 @@ func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
 		PciConfig:           s.Config,
 		MsixTable:           s.MSIX,
 		NotMigratable:       sum.NotMigratable,
+		Slot:                uint32(i.cfg.Slot),
+		Socket:              i.qemuSocket(),
 	}, nil
 }
 
@@ -207,6 +221,12 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 	vf := i.get()
 	if vf == nil {
 		return errors.New("no VF attached")
+	}
+	if src.Slot != uint32(i.cfg.Slot) || src.Socket != i.qemuSocket() {
+		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
+			"the VM has its VF in PCI slot %#x, at socket %s, the target pod expects slot %#x and socket %s: its interfaces have changed since it started, "+
+				"or its pod has other sidecars; try again, and if that does not help restart the VM",
+			src.Slot, src.Socket, i.cfg.Slot, i.qemuSocket())}
 	}
 	dt := vf.device
 	if src.Family != dt.family.Name() || src.VendorId != uint32(dt.vendor) || src.DeviceId != uint32(dt.device) {

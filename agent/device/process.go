@@ -17,7 +17,6 @@ package device
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -25,6 +24,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -35,34 +35,30 @@ import (
 	"compsc.io/compsc/agent/qemu"
 )
 
-// Names of the sockets in the directory of a device process. An interface's
-// vfio-user socket is its name with SocketSuffix.
+// Names of the sockets in the directory of a device process; those of the VFs
+// are told by VFSocket.
 const (
 	ControlSocket = "control.sock"
 	HandoffSocket = "handoff.sock"
 	GateSocket    = "gate.sock"
 	MonitorSocket = "qmp.sock"
-	SocketSuffix  = ".sock"
 )
+
+// VFSocket is the name of the vfio-user socket of the VF at the given device
+// number of the guest. It does not depend on the interface's name, which may
+// be longer than what is left of a unix socket's address.
+func VFSocket(slot int) string { return fmt.Sprintf("vf%02x.sock", slot) }
 
 // ReadyService is the gRPC health service that is SERVING once a primary has
 // its VFs, or a target is prepared: the sidecar's readiness probe asks it.
 const ReadyService = "compsc.Ready"
 
-// InterfaceConfig is one interface of the VM with a VF.
-type InterfaceConfig struct {
-	// Name of the VMI's interface.
-	Name string
-	// Slot is the VF's device number on bus 0 of the guest, 1 to 31.
-	Slot int
-}
-
 // Options of a device process.
 type Options struct {
 	// Dir holds the sockets; it must exist.
 	Dir string
-	// Interfaces of the VM, at least one.
-	Interfaces []InterfaceConfig
+	// QEMUDir is that directory as QEMU sees it; empty if it is the same.
+	QEMUDir string
 	// Log takes what the process reports; never guest data.
 	Log *slog.Logger
 	// Faults are injected for tests of the tests.
@@ -80,22 +76,6 @@ type Faults struct {
 }
 
 func (o Options) validate() error {
-	if len(o.Interfaces) == 0 {
-		return errors.New("no interface given: name at least one with its PCI slot, such as net1=0x5")
-	}
-	names, slots := map[string]bool{}, map[int]bool{}
-	for _, i := range o.Interfaces {
-		if i.Name == "" || strings.ContainsAny(i.Name, "/\x00") || names[i.Name] {
-			return fmt.Errorf("interface name %q is empty, given twice, or not a file name", i.Name)
-		}
-		if name := i.Name + SocketSuffix; slices.Contains([]string{ControlSocket, HandoffSocket, GateSocket, MonitorSocket}, name) {
-			return fmt.Errorf("interface name %q is reserved: choose another", i.Name)
-		}
-		if i.Slot < 1 || i.Slot > 31 || slots[i.Slot] {
-			return fmt.Errorf("interface %s: PCI slot %#x is not between 0x1 and 0x1f, or given twice", i.Name, i.Slot)
-		}
-		names[i.Name], slots[i.Slot] = true, true
-	}
 	st, err := os.Stat(o.Dir)
 	if err != nil {
 		return fmt.Errorf("socket directory: %w", err)
@@ -113,9 +93,13 @@ func (o Options) validate() error {
 // for QEMU.
 type process struct {
 	pb.UnimplementedDeviceServer
-	opts   Options
-	log    *slog.Logger
-	ifaces []*iface
+	opts Options
+	log  *slog.Logger
+	// ifaces are those that the agent handed over, ordered by name; a new
+	// slice for each that comes.
+	ifaces atomic.Pointer[[]*iface]
+	// serve runs a server as long as the process runs.
+	serve func(func(context.Context) error)
 
 	switchMu sync.Mutex
 
@@ -133,10 +117,17 @@ type process struct {
 	target    targetRun
 }
 
-// Run serves until ctx ends.
-func Run(ctx context.Context, o Options) error {
+// Process is the device process of one VM.
+type Process struct{ p *process }
+
+// New makes a device process, which does nothing before Run. Which interfaces
+// the VM has is told by the VFs that the agent hands over.
+func New(o Options) (*Process, error) {
 	if err := o.validate(); err != nil {
-		return err
+		return nil, err
+	}
+	if o.QEMUDir == "" {
+		o.QEMUDir = o.Dir
 	}
 	p := &process{
 		opts:    o,
@@ -144,20 +135,16 @@ func Run(ctx context.Context, o Options) error {
 		changed: make(chan struct{}),
 		phase:   pb.Phase_PHASE_UNATTACHED,
 	}
-	defer p.close()
-	for _, c := range o.Interfaces {
-		i, err := newIface(p, c, o.Log.With("interface", c.Name))
-		if err != nil {
-			return err
-		}
-		p.ifaces = append(p.ifaces, i)
-	}
-	slices.SortFunc(p.ifaces, func(a, b *iface) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
+	p.ifaces.Store(new([]*iface))
+	return &Process{p}, nil
+}
 
+// Run serves until ctx ends. It may be called once.
+func (x *Process) Run(ctx context.Context) error {
+	p, o := x.p, x.p.opts
+	defer p.close()
 	g, ctx := errgroup.WithContext(ctx)
-	for _, i := range p.ifaces {
-		g.Go(func() error { return i.server.Serve(ctx) })
-	}
+	p.serve = func(f func(context.Context) error) { g.Go(func() error { return f(ctx) }) }
 	gl, err := listen(o.Dir, GateSocket)
 	if err != nil {
 		return err
@@ -184,10 +171,14 @@ func (p *process) close() {
 	if mon != nil {
 		mon.Close()
 	}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		i.close()
 	}
 }
+
+// interfaces are those that the agent handed over; the caller must not change
+// the slice.
+func (p *process) interfaces() []*iface { return *p.ifaces.Load() }
 
 // path of a socket in the process's directory.
 func (p *process) path(name string) string { return filepath.Join(p.opts.Dir, name) }
@@ -242,10 +233,14 @@ func (p *process) fail(err error) {
 func (p *process) attach(h handoff.Handoff, files []*os.File) error {
 	p.switchMu.Lock()
 	defer p.switchMu.Unlock()
-	i := p.iface(h.Interface)
+	i, known := p.iface(h.Interface), true
 	if i == nil {
-		handoff.CloseAll(files)
-		return fmt.Errorf("this VM has no interface %q", h.Interface)
+		var err error
+		if i, err = p.newIface(h); err != nil {
+			handoff.CloseAll(files)
+			return err
+		}
+		known = false
 	}
 	role := pb.Role_ROLE_PRIMARY
 	if h.Role == handoff.RoleTarget {
@@ -255,17 +250,27 @@ func (p *process) attach(h handoff.Handoff, files []*os.File) error {
 	p.get(func() { have = p.role })
 	if have != pb.Role_ROLE_UNSPECIFIED && have != role && !i.attached() {
 		handoff.CloseAll(files)
+		i.close()
 		return fmt.Errorf("interface %s handed over as %s, the others as %s", h.Interface, role, have)
 	}
 	if err := i.attach(h, files); err != nil {
+		if !known {
+			i.close()
+		}
 		return err
+	}
+	if !known {
+		all := append(slices.Clone(p.interfaces()), i)
+		slices.SortFunc(all, func(a, b *iface) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
+		p.ifaces.Store(&all)
+		p.serve(i.server.Serve)
 	}
 	if err := trim(); err != nil {
 		p.log.Warn("memory was not trimmed", "error", err)
 	}
 	p.set(func() {
 		p.role = role
-		if p.phase != pb.Phase_PHASE_UNATTACHED || slices.ContainsFunc(p.ifaces, func(i *iface) bool { return !i.attached() }) {
+		if p.phase != pb.Phase_PHASE_UNATTACHED || len(p.interfaces()) < h.Of {
 			return
 		}
 		p.phase = pb.Phase_PHASE_RUNNING
@@ -276,8 +281,29 @@ func (p *process) attach(h handoff.Handoff, files []*os.File) error {
 	return nil
 }
 
+// newIface makes the interface that h is for, if it fits the others. The
+// caller holds switchMu.
+func (p *process) newIface(h handoff.Handoff) (*iface, error) {
+	if h.Interface == "" || h.Slot < 1 || h.Slot > 31 || h.Of < 1 || h.Of > 31 {
+		return nil, fmt.Errorf("interface %q in PCI slot %#x, one of %d: the name must not be empty, slot and number must be between 1 and 31", h.Interface, h.Slot, h.Of)
+	}
+	have := p.interfaces()
+	for _, i := range have {
+		switch {
+		case i.cfg.Slot == h.Slot:
+			return nil, fmt.Errorf("interface %s: PCI slot %#x is interface %s's", h.Interface, h.Slot, i.cfg.Name)
+		case i.get().handoff.Of != h.Of:
+			return nil, fmt.Errorf("interface %s is one of %d, but %s is one of %d", h.Interface, h.Of, i.cfg.Name, i.get().handoff.Of)
+		}
+	}
+	if len(have) >= h.Of {
+		return nil, fmt.Errorf("interface %s: this VM has all of its %d interfaces already, without one of that name", h.Interface, h.Of)
+	}
+	return newIface(p, interfaceConfig{Name: h.Interface, Slot: h.Slot}, p.log.With("interface", h.Interface))
+}
+
 func (p *process) iface(name string) *iface {
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		if i.cfg.Name == name {
 			return i
 		}

@@ -58,7 +58,7 @@ func (p *process) PrepareSource(ctx context.Context, r *pb.PrepareSourceRequest)
 		return nil, errNoMigration(r.MigrationUid, uid, phase)
 	}
 	reply := &pb.PrepareSourceReply{}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		s, err := i.describe(ctx)
 		if err != nil {
 			return nil, status.Errorf(codes.Unavailable, "interface %s: %v", i.cfg.Name, err)
@@ -66,9 +66,10 @@ func (p *process) PrepareSource(ctx context.Context, r *pb.PrepareSourceRequest)
 		reply.Interfaces = append(reply.Interfaces, s)
 	}
 	if phase == pb.Phase_PHASE_RUNNING {
-		for n, i := range p.ifaces {
+		ifaces := p.interfaces()
+		for n, i := range ifaces {
 			if err := i.track(); err != nil {
-				for _, i := range p.ifaces[:n+1] {
+				for _, i := range ifaces[:n+1] {
 					i.untrack()
 				}
 				return nil, status.Errorf(codes.Internal, "interface %s: %v", i.cfg.Name, err)
@@ -160,7 +161,7 @@ func (p *process) quiesceAll(ctx context.Context, uid string) (map[string]*comps
 	var steps []*pb.Step
 	begin := time.Now()
 	tables := map[*iface]qemu.PCIState{}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		// Reading the MSI-X table through QEMU is also the fence behind which
 		// every posted doorbell has arrived.
 		s, err := i.pciState(ctx)
@@ -173,13 +174,13 @@ func (p *process) quiesceAll(ctx context.Context, uid string) (map[string]*comps
 
 	quiescedAt := time.Now()
 	undo := func(n int) {
-		for _, i := range p.ifaces[:n] {
+		for _, i := range p.interfaces()[:n] {
 			if err := i.unquiesce(); err != nil {
 				p.fail(fmt.Errorf("interface %s does not run again: %w", i.cfg.Name, err))
 			}
 		}
 	}
-	for n, i := range p.ifaces {
+	for n, i := range p.interfaces() {
 		if err := i.quiesce(ctx); err != nil {
 			undo(n)
 			return nil, nil, begin, fmt.Errorf("interface %s: quiesce: %w", i.cfg.Name, err)
@@ -189,10 +190,10 @@ func (p *process) quiesceAll(ctx context.Context, uid string) (map[string]*comps
 
 	captureAt := time.Now()
 	states := map[string]*compsc.State{}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		s, err := i.capture(ctx, tables[i])
 		if err != nil {
-			undo(len(p.ifaces))
+			undo(len(p.interfaces()))
 			return nil, nil, begin, fmt.Errorf("interface %s: %w", i.cfg.Name, err)
 		}
 		s.MigrationUID = uid
@@ -209,7 +210,7 @@ func (p *process) mark(h *hold, marked chan struct{}) {
 	begin := time.Now()
 	var pages []*pb.InterfacePages
 	g, ctx := errgroup.WithContext(ctx)
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		n := &pb.InterfacePages{Name: i.cfg.Name}
 		pages = append(pages, n)
 		if p.opts.Faults.SkipMarking {
@@ -262,7 +263,7 @@ func (p *process) AwaitCapture(ctx context.Context, r *pb.AwaitCaptureRequest) (
 		return nil, rpcError(err)
 	}
 	reply := &pb.AwaitCaptureReply{Steps: run.steps}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		s := *run.states[i.cfg.Name]
 		s.Epoch = epochs[i.cfg.Name]
 		b, err := s.Encode()
@@ -332,7 +333,7 @@ func (p *process) veto(uid, reason string) {
 // the migration here. A hold that is still pending is failed, so that QEMU
 // resumes the VM. Called with switchMu held.
 func (p *process) backToRunning(why string) {
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		if err := i.unquiesce(); err != nil {
 			p.fail(fmt.Errorf("interface %s does not run again: %w", i.cfg.Name, err))
 		}
@@ -348,14 +349,14 @@ func (p *process) backToRunning(why string) {
 	if h != nil {
 		h.decide(errors.New(why))
 	}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		i.fireAll()
 	}
 	p.log.Info("VFs run again on the source", "why", why)
 }
 
 func (p *process) stopTracking() {
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		i.untrack()
 	}
 }

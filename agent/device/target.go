@@ -76,8 +76,8 @@ func (p *process) PrepareTarget(ctx context.Context, r *pb.PrepareTargetRequest)
 		}
 		armed[src.Name] = qemu.PCIState{Config: src.PciConfig, MSIX: src.MsixTable}
 	}
-	if len(armed) != len(p.ifaces) {
-		return refused("InterfaceNotFound", "the target pod has %d interfaces with a VF, the source %d", len(p.ifaces), len(armed)), nil
+	if len(armed) != len(p.interfaces()) {
+		return refused("InterfaceNotFound", "the target pod has %d interfaces with a VF, the source %d", len(p.interfaces()), len(armed)), nil
 	}
 	p.set(func() {
 		p.phase, p.uid, p.holdFor = pb.Phase_PHASE_TARGET_PREPARED, r.MigrationUid, hold
@@ -91,7 +91,7 @@ func (p *process) PrepareTarget(ctx context.Context, r *pb.PrepareTargetRequest)
 
 func (p *process) accepted() *pb.PrepareTargetReply {
 	r := &pb.PrepareTargetReply{Accepted: true}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		r.Epochs = append(r.Epochs, &pb.InterfaceEpoch{Name: i.cfg.Name, Epoch: i.epoch()})
 	}
 	return r
@@ -146,7 +146,7 @@ func (p *process) replayPCI(ctx context.Context, m *qemu.Monitor, armed map[stri
 	if s != "inmigrate" {
 		return fmt.Errorf("QEMU is %q, not waiting for an incoming migration", s)
 	}
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		if err := qemu.Arm(ctx, m, qemu.Function{Slot: i.cfg.Slot}, i.server, armed[i.cfg.Name]); err != nil {
 			return fmt.Errorf("interface %s: %w", i.cfg.Name, err)
 		}
@@ -194,8 +194,8 @@ func (p *process) AcceptState(ctx context.Context, r *pb.AcceptStateRequest) (*p
 		}
 		states[is.Name] = s
 	}
-	if len(states) != len(p.ifaces) {
-		return &pb.AcceptStateReply{Reason: "StateRejected", Message: fmt.Sprintf("%d states for %d interfaces", len(states), len(p.ifaces))}, nil
+	if len(states) != len(p.interfaces()) {
+		return &pb.AcceptStateReply{Reason: "StateRejected", Message: fmt.Sprintf("%d states for %d interfaces", len(states), len(p.interfaces()))}, nil
 	}
 	p.set(func() {
 		p.phase = pb.Phase_PHASE_TARGET_LOADED
@@ -247,7 +247,7 @@ func (p *process) read(ctx context.Context) error {
 	)
 	p.get(func() { phase, uid, h, d = p.phase, p.uid, p.target.hold, p.holdFor })
 	opening := true
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		opening = opening && !i.server.Connected()
 	}
 	switch phase {
@@ -324,9 +324,9 @@ func (p *process) Activate(ctx context.Context, r *pb.ActivateRequest) (*pb.Acti
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), activateTimeout)
 	defer cancel()
 	begin := time.Now()
-	restored := make([]*pb.InterfaceRestore, len(p.ifaces))
+	restored := make([]*pb.InterfaceRestore, len(p.interfaces()))
 	g, gctx := errgroup.WithContext(ctx)
-	for n, i := range p.ifaces {
+	for n, i := range p.interfaces() {
 		g.Go(func() (err error) {
 			name := i.cfg.Name
 			s := run.states[name]
@@ -364,7 +364,7 @@ func (p *process) targetRuns() {
 		p.target.resumedAt = time.Now()
 		p.target.steps = append(p.target.steps, step("target/resume", p.target.activeAt))
 	})
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		i.watchDriver()
 		// An interrupt raised after the source had saved its interrupt
 		// controllers is lost; a spurious one is harmless.
@@ -383,7 +383,7 @@ func (p *process) AwaitRunning(ctx context.Context, r *pb.AwaitRunningRequest) (
 		run = p.target
 		switch p.phase {
 		case pb.Phase_PHASE_RUNNING:
-			for _, i := range p.ifaces {
+			for _, i := range p.interfaces() {
 				if !i.driverSeen.Load() {
 					return false, nil
 				}
@@ -427,7 +427,7 @@ func (p *process) CancelTarget(_ context.Context, r *pb.CancelTargetRequest) (*p
 // cancelTarget silences the VFs for good and fails a held start. Called with
 // switchMu held.
 func (p *process) cancelTarget(why string) {
-	for _, i := range p.ifaces {
+	for _, i := range p.interfaces() {
 		i.silence()
 	}
 	var h *hold

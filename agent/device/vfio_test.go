@@ -158,11 +158,11 @@ func vfioIface(t *testing.T, k *kernelModel) *iface {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	p := &process{log: log, opts: Options{Dir: t.TempDir(), Log: log}, changed: make(chan struct{})}
-	i, err := newIface(p, InterfaceConfig{Name: "net1", Slot: 5}, log)
+	i, err := newIface(p, interfaceConfig{Name: "net1", Slot: 5}, log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.ifaces = []*iface{i}
+	p.ifaces.Store(&[]*iface{i})
 	dt := deviceTypes["8086:10ed"]
 	v := &vfioVF{kernelVF: k, irq: i.fire, log: log, guest: make([]*vfiouser.Eventfd, k.Vectors())}
 	memory := dirty.Tracked{Memory: &i.memory, Pages: &i.pages}

@@ -30,6 +30,8 @@ var ErrNotYet = errors.New("the pod's network is not set up yet")
 type Interface struct {
 	// Name is the VMI interface's name.
 	Name string
+	// Slot is the VF's device number on bus 0 of the guest; see Slots.
+	Slot int
 	// VFAddress is the VF's PCI address, in lower case, with its domain.
 	VFAddress string
 	// MAC is the address that the VF must answer to, in lower case; empty
@@ -59,6 +61,10 @@ func Interfaces(pod *corev1.Pod, vmi *virtv1.VirtualMachineInstance) ([]Interfac
 	}
 	fail := func(format string, a ...any) error {
 		return fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, fmt.Errorf(format, a...))
+	}
+	slots, err := Slots(vmi)
+	if err != nil {
+		return nil, fail("VMI %s: %w", vmi.Name, err)
 	}
 	if uid := VMIUID(pod); uid != "" && vmi.UID != "" && uid != vmi.UID {
 		return nil, fail("made for the VMI with UID %s, not for %s with UID %s", uid, vmi.Name, vmi.UID)
@@ -93,7 +99,7 @@ func Interfaces(pod *corev1.Pod, vmi *virtv1.VirtualMachineInstance) ([]Interfac
 		if err != nil {
 			return nil, fail("annotation %s, interface %s: %w", AnnotationNetworkStatus, iface.Name, err)
 		}
-		got.Network = network
+		got.Network, got.Slot = network, slots[iface.Name]
 		if other, taken := users[got.VFAddress]; taken {
 			return nil, fail("annotation %s: interfaces %s and %s both have VF %s",
 				AnnotationNetworkStatus, other, iface.Name, got.VFAddress)

@@ -49,7 +49,7 @@ const (
 func list(e ...string) string { return "[" + strings.Join(e, ",") + "]" }
 
 func TestInterfaces(t *testing.T) {
-	blue := Interface{Name: "blue", VFAddress: "0000:03:10.0", MAC: "52:54:00:00:00:0a", Network: "ns/fast"}
+	blue := Interface{Name: "blue", Slot: 0x10, VFAddress: "0000:03:10.0", MAC: "52:54:00:00:00:0a", Network: "ns/fast"}
 	one := func(mac string) *virtv1.VirtualMachineInstance {
 		return withNetwork(newVMI(iface("blue", mac)), "blue", "fast")
 	}
@@ -74,7 +74,7 @@ func TestInterfaces(t *testing.T) {
 		{name: "one", vmi: one(""), pod: newPod(list(entryDefault, entryBlue), ""), want: []Interface{blue}},
 		{name: "MAC asked for", vmi: one("52:54:00:00:00:0a"), pod: newPod(list(entryBlue), ""), want: []Interface{blue}},
 		{name: "MAC only in the VMI", vmi: one("52-54-00-00-00-0C"), pod: newPod(list(entryNet3), ""),
-			want: []Interface{{Name: "blue", VFAddress: "0000:03:10.4", MAC: "52:54:00:00:00:0c", Network: "ns/fast"}}},
+			want: []Interface{{Name: "blue", Slot: 0x10, VFAddress: "0000:03:10.4", MAC: "52:54:00:00:00:0c", Network: "ns/fast"}}},
 		{name: "matched by pod interface name before order", vmi: func() *virtv1.VirtualMachineInstance {
 			v := two()
 			v.Spec.Networks = v.Spec.Networks[1:]
@@ -82,8 +82,8 @@ func TestInterfaces(t *testing.T) {
 			return v
 		}(), pod: newPod(list(entryNet2, entryBlue), ""), want: []Interface{blue}},
 		{name: "n-th of the same network", vmi: two(), pod: newPod(list(entryDefault, entryNet2, entryNet3), ""), want: []Interface{
-			{Name: "red", VFAddress: "0000:03:10.2", MAC: "52:54:00:00:00:0b", Network: "ns/fast"},
-			{Name: "blue", VFAddress: "0000:03:10.4", Network: "ns/fast"}}},
+			{Name: "red", Slot: 0x10, VFAddress: "0000:03:10.2", MAC: "52:54:00:00:00:0b", Network: "ns/fast"},
+			{Name: "blue", Slot: 0x11, VFAddress: "0000:03:10.4", Network: "ns/fast"}}},
 		{name: "network-info agrees", vmi: one(""), pod: newPod(list(entryBlue),
 			`{"interfaces":[{"network":"blue","deviceInfo":{"type":"pci","version":"1.1.0","pci":{"pci-address":"0000:03:10.0"}},"mac":"52:54:00:00:00:0a"}]}`),
 			want: []Interface{blue}},
@@ -157,8 +157,8 @@ func TestPodConventions(t *testing.T) {
 			t.Errorf("Finished in phase %s is not %v", phase, want)
 		}
 	}
-	const dir = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/hook-sidecar-sockets/compsc"
-	if d := DeviceDir("/var/lib/kubelet/pods", "u"); d != dir {
+	const dir = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/hook-sidecar-sockets/hook-sidecar-3/compsc"
+	if d := DeviceDir("/var/lib/kubelet/pods", "u", 3); d != dir {
 		t.Errorf("DeviceDir = %s", d)
 	}
 }

@@ -6,6 +6,8 @@ package kubevirt
 
 import (
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -67,15 +69,51 @@ const (
 // VirtualMachineInstanceMigration and holds that one's UID.
 const LabelMigrationUID = "compsc.io/migration-uid"
 
-// hookSockets is the emptyDir volume that KubeVirt shares between the compute
-// container and its hook sidecars (mounted at /var/run/kubevirt-hooks).
-const hookSockets = "volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"
+// Where the files of a hook sidecar are, KubeVirt 1.8 and 1.9
+// (pkg/virt-controller/services/template.go, pkg/hooks). An emptyDir volume of
+// the pod has one directory for each sidecar, named like its container. A
+// sidecar sees its own at HooksDir; the compute container, and so QEMU, sees the
+// volume there.
+const (
+	// HooksDir is the mount point.
+	HooksDir = "/var/run/kubevirt-hooks"
+	// EnvContainerName tells a sidecar its container's name. Nothing else is
+	// told to a network binding's sidecar: it gets no command and no arguments.
+	EnvContainerName = "CONTAINER_NAME"
+	// MaxSidecars is how many sidecars of a pod are looked at.
+	MaxSidecars = 16
 
-// DeviceDir returns the directory of the device process of the pod with this
-// UID, below the kubelet's directory of pods, usually /var/lib/kubelet/pods.
-func DeviceDir(podsDir string, podUID types.UID) string {
-	return filepath.Join(podsDir, string(podUID), hookSockets, BindingName)
+	hookSockets   = "volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"
+	sidecarPrefix = "hook-sidecar-"
+	// deviceDir is the directory of the device process's sockets below the
+	// sidecar's own. virt-launcher takes everything that lies directly in the
+	// latter for a hook socket, and gives up if it does not answer as one.
+	deviceDir = "compsc"
+)
+
+// SidecarName returns the name of the n-th hook sidecar's container, from 0.
+func SidecarName(n int) string { return sidecarPrefix + strconv.Itoa(n) }
+
+// IsSidecarName tells whether a container of that name is a hook sidecar.
+func IsSidecarName(name string) bool {
+	n, err := strconv.Atoi(strings.TrimPrefix(name, sidecarPrefix))
+	return err == nil && n >= 0 && n < MaxSidecars && SidecarName(n) == name
 }
+
+// DeviceDir returns the directory of the device process in the n-th sidecar of
+// the pod with this UID, below the kubelet's directory of pods, usually
+// /var/lib/kubelet/pods.
+func DeviceDir(podsDir string, podUID types.UID, n int) string {
+	return filepath.Join(podsDir, string(podUID), hookSockets, SidecarName(n), deviceDir)
+}
+
+// SidecarDeviceDir is the directory of the device process as its own container
+// sees it.
+func SidecarDeviceDir() string { return filepath.Join(HooksDir, deviceDir) }
+
+// ComputeDeviceDir is that directory as the compute container sees it, for the
+// sidecar of that name.
+func ComputeDeviceDir(sidecar string) string { return filepath.Join(HooksDir, sidecar, deviceDir) }
 
 // IsLauncher tells whether pod runs a VM, or is about to.
 func IsLauncher(pod *corev1.Pod) bool { return pod.Labels[LabelApp] == AppLauncher }
@@ -122,6 +160,6 @@ func BoundInterfaces(vmi *virtv1.VirtualMachineInstance) []string {
 	return names
 }
 
-func bound(i *virtv1.Interface) bool {
-	return i.Binding != nil && i.Binding.Name == BindingName && i.State != virtv1.InterfaceStateAbsent
-}
+func bound(i *virtv1.Interface) bool { return ours(i) && i.State != virtv1.InterfaceStateAbsent }
+
+func ours(i *virtv1.Interface) bool { return i.Binding != nil && i.Binding.Name == BindingName }

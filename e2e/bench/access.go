@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
 
@@ -28,7 +29,7 @@ func measureAccess(ctx context.Context, r *report, reference string) error {
 	path := func(name string) string { return filepath.Join(dir, name) }
 	registers, doorbells := []uint32{ixgbevf.VFLINKS}, []uint32{ixgbevf.VFTDT(0)}
 	plan := accessPlan{Rounds: 15, Reads: 1000, Writes: 20000, Servers: []accessServer{
-		{Name: "device process", Path: path(interfaceName + ".sock"), Device: true,
+		{Name: "device process", Path: path(device.VFSocket(interfaceSlot)), Device: true,
 			Registers: []uint32{ixgbevf.VFLINKS, ixgbevf.VFGPRC}, Doorbells: []uint32{ixgbevf.VFTDT(0), ixgbevf.VFRDT(0)}},
 		{Name: "vfio-user server alone", Path: path("bare"), Registers: registers, Doorbells: doorbells},
 		{Name: "floor (no protocol)", Path: path("floor"), Floor: true, Registers: registers, Doorbells: doorbells},

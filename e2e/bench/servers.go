@@ -132,17 +132,23 @@ func serveBare(ctx context.Context, args []string) error {
 	return s.Serve(ctx)
 }
 
-// interfaceName is that of the one interface of the device process.
-const interfaceName = "net1"
+// interfaceName and interfaceSlot are those of the one interface of the device
+// process.
+const (
+	interfaceName = "net1"
+	interfaceSlot = 5
+)
 
 // serveDevice is the product's device process, with a VF of the model.
 func serveDevice(ctx context.Context, args []string) error {
 	ctx, cancel := untilStdinEnds(ctx)
 	defer cancel()
+	process, err := device.New(device.Options{Dir: args[0], QEMUDir: args[0], Log: slog.Default()})
+	if err != nil {
+		return err
+	}
 	done := make(chan error, 1)
-	go func() {
-		done <- device.Run(ctx, device.Options{Dir: args[0], Interfaces: []device.InterfaceConfig{{Name: interfaceName, Slot: 5}}, Log: slog.Default()})
-	}()
+	go func() { done <- process.Run(ctx) }()
 	// The other end of the wire stays open and silent.
 	wire, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
@@ -151,7 +157,7 @@ func serveDevice(ctx context.Context, args []string) error {
 	end := os.NewFile(uintptr(wire[1]), "wire")
 	defer end.Close()
 	h := handoff.Handoff{
-		Interface: interfaceName, VF: "0000:03:10.0", PF: "pf0", Family: ixgbevf.Name, DeviceID: "8086:10ed",
+		Interface: interfaceName, Slot: interfaceSlot, Of: 1, VF: "0000:03:10.0", PF: "pf0", Family: ixgbevf.Name, DeviceID: "8086:10ed",
 		Backend: handoff.BackendModel, MAC: guestMAC.String(), Epoch: 1, Role: handoff.RolePrimary,
 	}
 	// The process listens in a moment.

@@ -13,18 +13,14 @@ import (
 
 	kubevirtv1 "kubevirt.io/api/core/v1"
 
+	"compsc.io/compsc/agent/device"
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/e2e/lab"
 )
 
 const (
-	// hooksDir is where KubeVirt shows a binding's sidecar and the compute
-	// container the directory they share; the same on every node, as socket
-	// paths travel in the domain.
-	hooksDir = "/var/run/kubevirt-hooks/compsc"
 	// domainDir and bootDir are the places of QEMU's own files inside its tree.
 	domainDir, bootDir = "/run/domain", "/run/boot"
-	// firstSlot is the PCI slot of the first VF on pcie.0.
-	firstSlot = 5
 
 	defaultMemory, defaultCPUs = 256, 1
 )
@@ -61,7 +57,7 @@ func (s *StandIn) startDomain(ctx context.Context, p *pod, v *kubevirtv1.Virtual
 			{Source: "/dev", Target: filepath.Join(tree, "dev")},
 			// The tree's /var/run is a link to its /run, which this process
 			// would follow to its own.
-			{Source: p.hooks, Target: filepath.Join(tree, "run", strings.TrimPrefix(hooksDir, "/var/run"))},
+			{Source: p.hooks, Target: filepath.Join(tree, "run", strings.TrimPrefix(kubevirt.HooksDir, "/var/run"))},
 			{Source: d.dir, Target: filepath.Join(tree, domainDir)},
 			{Source: s.cfg.Kernel, Target: filepath.Join(tree, bootDir, "kernel"), ReadOnly: true},
 			{Source: s.cfg.Initrd, Target: filepath.Join(tree, bootDir, "initrd"), ReadOnly: true},
@@ -90,6 +86,12 @@ func domainArgs(v *kubevirtv1.VirtualMachineInstance, incoming bool) ([]string, 
 	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
 		cpus = c.Cores
 	}
+	slots, err := kubevirt.Slots(v)
+	if err != nil {
+		return nil, err
+	}
+	// The same on every node, as socket paths travel in the domain.
+	hooksDir := kubevirt.ComputeDeviceDir(sidecarContainer)
 	var kernelArgs string
 	if f := v.Spec.Domain.Firmware; f != nil && f.KernelBoot != nil {
 		kernelArgs = f.KernelBoot.KernelArgs
@@ -117,11 +119,11 @@ func domainArgs(v *kubevirtv1.VirtualMachineInstance, incoming bool) ([]string, 
 		"-blockdev", string(gate),
 		"-blockdev", "driver=qcow2,node-name=gateq,file=gate0",
 	}
-	for i, name := range bindingInterfaces(v) {
+	for _, name := range bindingInterfaces(v) {
 		dev, err := json.Marshal(map[string]any{
 			"driver": "vfio-user-pci", "id": "vf-" + name, "bus": "pcie.0",
-			"addr": slot(i), "rombar": 0,
-			"socket": map[string]string{"type": "unix", "path": hooksDir + "/" + name + ".sock"},
+			"addr": fmt.Sprintf("%#x", slots[name]), "rombar": 0,
+			"socket": map[string]string{"type": "unix", "path": hooksDir + "/" + device.VFSocket(slots[name])},
 		})
 		if err != nil {
 			return nil, err
@@ -140,9 +142,6 @@ func domainArgs(v *kubevirtv1.VirtualMachineInstance, incoming bool) ([]string, 
 func startsPaused(v *kubevirtv1.VirtualMachineInstance) bool {
 	return v.Spec.StartStrategy != nil && *v.Spec.StartStrategy == kubevirtv1.StartStrategyPaused
 }
-
-// slot is the PCI slot of the i-th VF, the same on both sides of a migration.
-func slot(i int) string { return fmt.Sprintf("%#x", firstSlot+i) }
 
 // kill ends QEMU without asking it, as libvirt does.
 func (d *domain) kill() {

@@ -36,7 +36,7 @@ func (s *StandIn) DeviceStatus(ctx context.Context, key client.ObjectKey) (*cont
 	if err != nil {
 		return nil, err
 	}
-	conn, err := dialDevice(p.hooks)
+	conn, err := dialDevice(p.deviceDir())
 	if err != nil {
 		return nil, err
 	}

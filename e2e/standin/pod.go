@@ -17,9 +17,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/e2e/lab"
 )
 
@@ -41,8 +41,8 @@ type pod struct {
 	namespace string
 	node      string
 	started   time.Time
-	// hooks is the directory shared by sidecar and compute, where a kubelet
-	// would make it; dir is a place for everything else.
+	// hooks is the volume shared by sidecar and compute, where a kubelet would
+	// make it; dir is a place for everything else.
 	hooks, dir string
 	sidecar    *lab.Process
 	probing    context.CancelFunc
@@ -51,6 +51,14 @@ type pod struct {
 	domain *domain
 	ready  bool
 	ended  corev1.PodPhase // empty while it runs
+}
+
+// sidecarDir is the part of the volume that the sidecar sees.
+func (p *pod) sidecarDir() string { return filepath.Join(p.hooks, sidecarContainer) }
+
+// deviceDir holds the device process's sockets.
+func (p *pod) deviceDir() string {
+	return filepath.Join(p.sidecarDir(), filepath.Base(kubevirt.SidecarDeviceDir()))
 }
 
 func (s *StandIn) podOf(uid types.UID) *pod {
@@ -62,18 +70,14 @@ func (s *StandIn) podOf(uid types.UID) *pod {
 // startPod starts the pod's containers: virt-launcher, which does nothing
 // before it is told to, and the sidecar.
 func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
-	v := &kubevirtv1.VirtualMachineInstance{}
-	if err := s.client.Get(s.ctx, client.ObjectKey{Namespace: o.Namespace, Name: o.Annotations[kubevirtv1.DomainAnnotation]}, v); err != nil {
-		return nil, fmt.Errorf("VMI of pod %s: %w", o.Name, err)
-	}
 	p := &pod{
 		uid: o.UID, name: o.Name, namespace: o.Namespace, node: o.Spec.NodeName, started: time.Now(),
 		hooks: filepath.Join(s.cfg.PodsDir(o.Spec.NodeName), string(o.UID),
-			"volumes/kubernetes.io~empty-dir/hook-sidecar-sockets/compsc"),
+			"volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"),
 		// Sockets live below: sun_path holds 107 bytes.
 		dir: filepath.Join(s.cfg.Lab.Dir, "p", string(o.UID[:8])),
 	}
-	for _, d := range []string{p.hooks, p.dir} {
+	for _, d := range []string{p.sidecarDir(), p.dir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, err
 		}
@@ -82,18 +86,20 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	if o.Labels[kubevirtv1.MigrationJobLabel] != "" {
 		role = "target"
 	}
-	args := []string{"device", "--dir", hooksDir}
-	for i, name := range bindingInterfaces(v) {
-		args = append(args, "--interface", name+"="+slot(i))
-	}
+	// As virt-controller renders a binding's sidecar, without arguments, unless
+	// a test has some.
+	var args []string
 	if s.cfg.DeviceArgs != nil {
-		args = append(args, s.cfg.DeviceArgs(p.node)...)
+		if more := s.cfg.DeviceArgs(p.node); len(more) > 0 {
+			args = append([]string{"device"}, more...)
+		}
 	}
 	var err error
 	p.sidecar, err = s.cfg.Lab.Start(lab.Command{
 		Name: "device process of " + p.name, Path: s.cfg.Compsc, Args: args,
+		Env:    append(os.Environ(), kubevirt.EnvContainerName+"="+sidecarContainer),
 		NS:     s.cfg.Lab.Nodes[p.node].NS,
-		Mounts: []lab.Mount{{Target: "/run"}, {Source: p.hooks, Target: hooksDir}},
+		Mounts: []lab.Mount{{Target: "/run"}, {Source: p.sidecarDir(), Target: kubevirt.HooksDir}},
 		Log:    filepath.Join(s.cfg.Lab.Dir, "log", p.name+"-device.log"),
 	})
 	if err != nil {
@@ -115,7 +121,7 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 
 // probe is the kubelet's readiness probe of the sidecar.
 func (s *StandIn) probe(ctx context.Context, p *pod) {
-	conn, err := dialDevice(p.hooks)
+	conn, err := dialDevice(p.deviceDir())
 	if err != nil {
 		s.log.Error("probe", "pod", p.name, "error", err)
 		return
@@ -233,7 +239,7 @@ func (s *StandIn) DevicePhase(ctx context.Context, pod types.UID) (controlpb.Pha
 	if p == nil {
 		return 0, fmt.Errorf("no pod %s runs", pod)
 	}
-	conn, err := dialDevice(p.hooks)
+	conn, err := dialDevice(p.deviceDir())
 	if err != nil {
 		return 0, err
 	}

@@ -20,6 +20,7 @@ import (
 
 	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/kubevirt"
 )
 
 const (
@@ -117,8 +118,10 @@ func startDevice(t *testing.T, dir string) *deviceProcess {
 	if binary == "" {
 		binary = build(t, dir, "go", "build", "-o", filepath.Join(dir, "compsc"), "compsc.io/compsc")
 	}
-	d := &deviceProcess{socket: filepath.Join(dir, "net1"+device.SocketSuffix), log: &bytes.Buffer{}}
-	d.cmd = exec.Command(binary, "device", "--dir", dir, "--interface", "net1=0x5")
+	const slot = 5
+	sockets := filepath.Join(dir, filepath.Base(kubevirt.SidecarDeviceDir()))
+	d := &deviceProcess{socket: filepath.Join(sockets, device.VFSocket(slot)), log: &bytes.Buffer{}}
+	d.cmd = exec.Command(binary, "device", "--hooks-dir", dir, "--sidecar", "hook-sidecar-0")
 	d.cmd.Stderr = d.log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := d.cmd.Start(); err != nil {
@@ -155,11 +158,11 @@ func startDevice(t *testing.T, dir string) *deviceProcess {
 		<-echoed
 	})
 	h := handoff.Handoff{
-		Interface: "net1", VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
+		Interface: "net1", Slot: slot, Of: 1, VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
 		Backend: handoff.BackendModel, MAC: "52:54:00:00:00:01", Epoch: 1, Role: "primary",
 	}
 	until(t, "the device process takes its VF", func() (bool, error) {
-		err := handoff.Send(t.Context(), filepath.Join(dir, device.HandoffSocket), h, []*os.File{theirs})
+		err := handoff.Send(t.Context(), filepath.Join(sockets, device.HandoffSocket), h, []*os.File{theirs})
 		return err == nil, err
 	})
 	return d

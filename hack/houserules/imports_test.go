@@ -36,6 +36,7 @@ var rules = []rule{
 	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubevirt/...", "agent/peer/..."}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
+	{"agent/kubevirt/domain", nil},
 	{"agent/kubevirt/nodehook/hookpb", nil},
 	{"agent/kubevirt/...", []string{"api/...", "agent/kubevirt/..."}},
 	{"agent/device/controlpb", nil},
@@ -62,6 +63,7 @@ var rules = []rule{
 var owned = []rule{
 	{"github.com/vishvananda/...", []string{"agent/host/...", "e2e/..."}},
 	{"github.com/digitalocean/go-qemu/...", []string{"agent/qemu/...", "e2e/..."}},
+	{"libvirt.org/...", []string{"agent/kubevirt/domain", "e2e/..."}},
 	{"kubevirt.io/...", []string{"", "agent", "agent/kubevirt/...", "controllers", "e2e/..."}},
 	// Alpha APIs, which change with KubeVirt's releases.
 	{"kubevirt.io/api/plugin/...", []string{"agent/kubevirt/...", "e2e/..."}},

@@ -527,6 +527,10 @@ type SourceInterface struct {
 	MsixTable []byte `protobuf:"bytes,10,opt,name=msix_table,json=msixTable,proto3" json:"msix_table,omitempty"`
 	// Why the VF cannot move at all, empty if it can.
 	NotMigratable string `protobuf:"bytes,11,opt,name=not_migratable,json=notMigratable,proto3" json:"not_migratable,omitempty"`
+	// Where the VM's domain has the VF: its device number on bus 0 of the guest,
+	// and its socket's path as QEMU sees it. They travel with the domain.
+	Slot          uint32 `protobuf:"varint,12,opt,name=slot,proto3" json:"slot,omitempty"`
+	Socket        string `protobuf:"bytes,13,opt,name=socket,proto3" json:"socket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -634,6 +638,20 @@ func (x *SourceInterface) GetMsixTable() []byte {
 func (x *SourceInterface) GetNotMigratable() string {
 	if x != nil {
 		return x.NotMigratable
+	}
+	return ""
+}
+
+func (x *SourceInterface) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *SourceInterface) GetSocket() string {
+	if x != nil {
+		return x.Socket
 	}
 	return ""
 }
@@ -1943,7 +1961,7 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x12PrepareSourceReply\x12A\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2!.compsc.device.v1.SourceInterfaceR\n" +
-	"interfaces\"\xf1\x02\n" +
+	"interfaces\"\x9d\x03\n" +
 	"\x0fSourceInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06family\x18\x02 \x01(\tR\x06family\x12\x1b\n" +
@@ -1959,7 +1977,9 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\n" +
 	"msix_table\x18\n" +
 	" \x01(\fR\tmsixTable\x12%\n" +
-	"\x0enot_migratable\x18\v \x01(\tR\rnotMigratable\"t\n" +
+	"\x0enot_migratable\x18\v \x01(\tR\rnotMigratable\x12\x12\n" +
+	"\x04slot\x18\f \x01(\rR\x04slot\x12\x16\n" +
+	"\x06socket\x18\r \x01(\tR\x06socket\"t\n" +
 	"\x13AwaitCaptureRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\x128\n" +
 	"\x06epochs\x18\x02 \x03(\v2 .compsc.device.v1.InterfaceEpochR\x06epochs\"\x85\x02\n" +

@@ -53,6 +53,11 @@ const (
 type Handoff struct {
 	// Interface is the VMI interface's name.
 	Interface string `json:"interface"`
+	// Slot is the VF's device number on bus 0 of the guest, 1 to 31.
+	Slot int `json:"slot"`
+	// Of is how many interfaces with a VF the VM has, 1 to 31: the device
+	// process is complete when it was handed so many.
+	Of int `json:"of"`
 	// VF is the VF's PCI address, PF its physical function's interface name.
 	VF string `json:"vf"`
 	PF string `json:"pf"`

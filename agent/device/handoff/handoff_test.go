@@ -37,7 +37,7 @@ func serve(t *testing.T, take func(Handoff, []*os.File) error) string {
 
 func TestHandoffCarriesDescriptionAndFiles(t *testing.T) {
 	want := Handoff{
-		Interface: "net1", VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
+		Interface: "net1", Slot: 5, Of: 2, VF: "0000:03:10.0", PF: "pf0", Family: "ixgbevf", DeviceID: "8086:10ed",
 		Backend: BackendModel, MAC: "52:54:00:00:00:01", VLAN: 7, Trust: true, Epoch: 42, Role: RoleTarget,
 		Model: Model{ReadOnlyRXHead: true, MulticastFilterType: 2},
 	}

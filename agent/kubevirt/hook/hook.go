@@ -1,0 +1,222 @@
+// Package hook serves virt-launcher's calls of a network binding's sidecar:
+// KubeVirt's hook API, version v1alpha3 (pkg/hooks of KubeVirt 1.8 and 1.9).
+//
+// virt-launcher looks for the sidecar's socket when it starts, asks Info once,
+// and then calls OnDefineDomain when it is about to define the VM's domain: on
+// the node where the VM starts, and on the target of a migration, before it
+// tells anybody that it is ready to receive the VM. So an error, or an answer
+// that takes its time, keeps both from happening, without any feature gate;
+// virt-handler shows the error as an event of the VMI, and tries again.
+package hook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	virtv1 "kubevirt.io/api/core/v1"
+
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/domain"
+	"compsc.io/compsc/agent/kubevirt/hook/callbackspb"
+	"compsc.io/compsc/agent/kubevirt/hook/infopb"
+)
+
+// Socket is the name of the hook socket in the sidecar's directory. It must
+// differ from those of the pod's other sidecars: virt-launcher counts names.
+const Socket = "compsc.sock"
+
+// NetworkInfo is where KubeVirt shows the sidecar of a binding with
+// downwardAPI: device-info the annotation kubevirt.io/network-info of its pod.
+const NetworkInfo = "/etc/podinfo/network-info"
+
+const (
+	name            = "compsc"
+	version         = "v1alpha3"
+	pointDomain     = "OnDefineDomain"
+	pointShutdown   = "Shutdown"
+	maxMessage      = 4 << 20
+	maxNetworkInfo  = 256 << 10
+	shutdownTimeout = 5 * time.Second
+)
+
+// DefaultWait is how long OnDefineDomain waits for the VFs. virt-handler gives
+// virt-launcher 20 s for the call that leads to it (pkg/virt-handler/cmd-client
+// of KubeVirt, longTimeout), and tries again after an error.
+const DefaultWait = 12 * time.Second
+
+// Options of a Server.
+type Options struct {
+	// Sidecar is the name of the container that it runs in.
+	Sidecar string
+	// Gate and Monitor are the names of these sockets in the device process's
+	// directory, VF that of the VF at a device number.
+	Gate, Monitor string
+	VF            func(slot int) string
+	// Await blocks until QEMU may be started, and returns the VM's VFs.
+	Await func(context.Context) ([]kubevirt.Interface, error)
+	// Wait bounds Await; 0 stands for DefaultWait.
+	Wait time.Duration
+	// NetworkInfo is the file that KubeVirt tells the VFs in; it may be empty
+	// or absent, as KubeVirt writes it only once the pod runs.
+	NetworkInfo string
+	// Shutdown is called when virt-launcher says that the VM has ended.
+	Shutdown func()
+	// Log takes what the server reports.
+	Log *slog.Logger
+}
+
+// Server answers virt-launcher. It is safe for concurrent use.
+type Server struct {
+	infopb.UnimplementedInfoServer
+	callbackspb.UnimplementedCallbacksServer
+	o    Options
+	once sync.Once
+}
+
+// New makes a server.
+func New(o Options) (*Server, error) {
+	if !kubevirt.IsSidecarName(o.Sidecar) {
+		return nil, fmt.Errorf("%q is not the name of a hook sidecar's container, such as %s: is $%s set, as KubeVirt does?",
+			o.Sidecar, kubevirt.SidecarName(0), kubevirt.EnvContainerName)
+	}
+	if o.Wait == 0 {
+		o.Wait = DefaultWait
+	}
+	return &Server{o: o}, nil
+}
+
+// Listen makes the hook socket in the sidecar's directory, in place of one
+// that an earlier process may have left.
+func Listen(dir string) (net.Listener, error) {
+	path := filepath.Join(dir, Socket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("stale socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("hook socket: %w", err)
+	}
+	return l, nil
+}
+
+// Serve answers on l until ctx ends. Calls under way then get some seconds.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	g := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
+	infopb.RegisterInfoServer(g, s)
+	callbackspb.RegisterCallbacksServer(g, s)
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		t := time.AfterFunc(shutdownTimeout, g.Stop)
+		defer t.Stop()
+		g.GracefulStop()
+	})
+	err := g.Serve(l)
+	if !stop() {
+		<-stopped
+		return nil
+	}
+	return fmt.Errorf("hook socket: %w", err)
+}
+
+// Info implements KubeVirt's service.
+func (s *Server) Info(context.Context, *infopb.InfoParams) (*infopb.InfoResult, error) {
+	return &infopb.InfoResult{
+		Name:       name,
+		Versions:   []string{version},
+		HookPoints: []*infopb.HookPoint{{Name: pointDomain}, {Name: pointShutdown}},
+	}, nil
+}
+
+// OnDefineDomain implements KubeVirt's service.
+func (s *Server) OnDefineDomain(ctx context.Context, r *callbackspb.OnDefineDomainParams) (*callbackspb.OnDefineDomainResult, error) {
+	doc, err := s.define(ctx, r.GetDomainXML(), r.GetVmi())
+	if err != nil {
+		s.o.Log.Error("the domain is refused", "error", err)
+		return nil, status.Errorf(codes.FailedPrecondition, "compsc: %v", err)
+	}
+	return &callbackspb.OnDefineDomainResult{DomainXML: doc}, nil
+}
+
+func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error) {
+	vmi := &virtv1.VirtualMachineInstance{}
+	if err := json.Unmarshal(vmiJSON, vmi); err != nil {
+		return nil, fmt.Errorf("the VMI that virt-launcher sent: %w", err)
+	}
+	slots, err := kubevirt.Slots(vmi)
+	if err != nil {
+		return nil, err
+	}
+	// What cannot work is refused at once, without waiting for a VF.
+	c := s.config(slots)
+	out, err := domain.Define(doc, c)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.o.Wait)
+	defer cancel()
+	have, err := s.o.Await(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := kubevirt.CheckAttached(vmi, have); err != nil {
+		return nil, err
+	}
+	info, err := s.networkInfo()
+	if err != nil {
+		return nil, err
+	}
+	if err := kubevirt.CheckNetworkInfo(info, have); err != nil {
+		return nil, fmt.Errorf("%s: %w", s.o.NetworkInfo, err)
+	}
+	s.o.Log.Info("domain defined", "vmi", vmi.Namespace+"/"+vmi.Name, "interfaces", len(have))
+	return out, nil
+}
+
+func (s *Server) config(slots map[string]int) domain.Config {
+	dir := kubevirt.ComputeDeviceDir(s.o.Sidecar)
+	c := domain.Config{Gate: filepath.Join(dir, s.o.Gate), Monitor: filepath.Join(dir, s.o.Monitor)}
+	// In the order of the device numbers, whatever that of the interfaces is.
+	bySlot := map[int]bool{}
+	for _, slot := range slots {
+		bySlot[slot] = true
+	}
+	for slot := range 32 {
+		if bySlot[slot] {
+			c.VFs = append(c.VFs, domain.VF{Slot: slot, Socket: filepath.Join(dir, s.o.VF(slot))})
+		}
+	}
+	return c
+}
+
+func (s *Server) networkInfo() (string, error) {
+	f, err := os.Open(s.o.NetworkInfo)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxNetworkInfo+1))
+	return string(b), err
+}
+
+// Shutdown implements KubeVirt's service.
+func (s *Server) Shutdown(context.Context, *callbackspb.ShutdownParams) (*callbackspb.ShutdownResult, error) {
+	s.o.Log.Info("virt-launcher says that the VM has ended")
+	s.once.Do(s.o.Shutdown)
+	return &callbackspb.ShutdownResult{}, nil
+}
