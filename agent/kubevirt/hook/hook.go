@@ -51,10 +51,12 @@ const (
 	shutdownTimeout = 5 * time.Second
 )
 
-// DefaultWait is how long OnDefineDomain waits for the VFs. virt-handler gives
-// virt-launcher 20 s for the call that leads to it (pkg/virt-handler/cmd-client
-// of KubeVirt, longTimeout), and tries again after an error.
-const DefaultWait = 12 * time.Second
+// DefaultWait is how long OnDefineDomain waits for the VFs: as long as attaching
+// them usually takes. The call keeps one of virt-handler's few workers busy, and
+// virt-handler, which gives virt-launcher 20 s for what leads to it
+// (pkg/virt-handler/cmd-client of KubeVirt, longTimeout), tries again after an
+// error, at once when the VMI changes.
+const DefaultWait = 3 * time.Second
 
 // Options of a Server.
 type Options struct {
