@@ -35,7 +35,7 @@ func engineFor(s *silicon, f family.Family) *compsc.VF {
 		VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID,
 		Clock: spinClock{}, Logger: slog.New(slog.DiscardHandler),
 		// The model needs far less, but has to get the processor.
-		DrainTimeout: 50 * time.Millisecond,
+		DrainTimeout: 500 * time.Millisecond,
 		// Nothing here takes long; these are for a machine that is busy. Where
 		// a head cannot be advanced, only the first one tells.
 		QueueTimeout: 300 * time.Millisecond, MailboxTimeout: settleLimit, ResetTimeout: settleLimit,
