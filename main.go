@@ -18,6 +18,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 
 	"compsc.io/compsc/agent"
+	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/host"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
@@ -115,7 +116,9 @@ func managerCommand() *cobra.Command {
 
 func agentCommand() *cobra.Command {
 	var kubeconfig string
-	var pfs []string
+	var backend string
+	var models []string
+	sriov := host.SRIOVOptions{Families: device.Families()}
 	o := agent.Options{Version: version}
 	c := &cobra.Command{
 		Use:   "agent",
@@ -125,7 +128,7 @@ func agentCommand() *cobra.Command {
 			if o.Config, err = restConfig(kubeconfig); err != nil {
 				return err
 			}
-			if o.Host, err = modelHost(pfs); err != nil {
+			if o.Host, err = newHost(backend, models, sriov); err != nil {
 				return err
 			}
 			o.Log = slog.Default()
@@ -144,8 +147,24 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&o.TLS.CA, "tls-ca", "/etc/compsc/tls/ca.crt", "the authorities that other agents' certificates must come from")
 	f.StringVar(&o.HookSocket, "hook-socket", "", "where to serve KubeVirt's node hooks, usually "+nodehook.Socket+"; empty for nowhere")
 	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8081", "where to serve metrics, 0 for nowhere")
-	f.StringArrayVar(&pfs, "model-pf", nil, "a modelled PF, such as name=pf0,vfs=2,bridge=br0; may be repeated")
+	f.StringVar(&backend, "backend", "", "what the VFs are: vfio (the node's NICs) or model; default: model if --model-pf is given, else vfio")
+	f.StringArrayVar(&models, "model-pf", nil, "a modelled PF, such as name=pf0,vfs=2,bridge=br0; may be repeated")
+	f.StringArrayVar(&sriov.PFs, "pf", nil, "network interface of a PF whose VFs are served; may be repeated; default: all with VFs that compsc knows")
+	f.StringVar(&sriov.Journal, "journal", "/var/lib/compsc/vfs", "directory that keeps how VFs were before compsc changed them; it must outlive the process")
 	return c
+}
+
+// newHost returns what serves the node's VFs.
+func newHost(backend string, models []string, sriov host.SRIOVOptions) (agent.Host, error) {
+	switch {
+	case backend == host.BackendModel, backend == "" && len(models) > 0:
+		return modelHost(models)
+	case backend != "" && backend != host.BackendVFIO:
+		return nil, fmt.Errorf("--backend: %q is neither %s nor %s", backend, host.BackendVFIO, host.BackendModel)
+	case len(models) > 0:
+		return nil, fmt.Errorf("--model-pf: backend %s has no models", host.BackendVFIO)
+	}
+	return host.NewSRIOV(sriov)
 }
 
 func modelHost(flags []string) (*host.Model, error) {

@@ -43,6 +43,16 @@ type Host interface {
 	Prepare(ctx context.Context, r host.Request) (*host.Prepared, error)
 	// Release takes back what Prepare did; it must work in any state.
 	Release(ctx context.Context, address string) error
+	// Held lists the VFs that were prepared and not released, also by an agent
+	// before this one, as far as that needs to be known.
+	Held(ctx context.Context) ([]string, error)
+	// Settle finishes what Release had to leave for the moment.
+	Settle(ctx context.Context) error
+	// Damage says in words what has happened to prepared VFs behind compsc's
+	// back, such as a PF that was given another number of VFs.
+	Damage(ctx context.Context) ([]string, error)
+	// Announce transmits a frame on the VF's network through its PF.
+	Announce(ctx context.Context, address string, frame []byte) error
 }
 
 // Options of an agent.
@@ -119,12 +129,14 @@ type limits struct {
 	// call bounds a call to a device process or peer that does not wait for
 	// anybody else.
 	call time.Duration
+	// look lies between two looks at the node's VFs.
+	look time.Duration
 	// watch is how long one waiting call to a device process lasts before it
 	// is made anew.
 	watch time.Duration
 }
 
-var defaultLimits = limits{retry: 10 * time.Second, pause: 250 * time.Millisecond, call: 10 * time.Second, watch: 5 * time.Minute}
+var defaultLimits = limits{retry: 10 * time.Second, pause: 250 * time.Millisecond, call: 10 * time.Second, look: 10 * time.Second, watch: 5 * time.Minute}
 
 // agent is what all parts of one node's agent share.
 type agent struct {

@@ -127,6 +127,45 @@ func (d *device) handOver(ctx context.Context, h handoff.Handoff, files []*os.Fi
 	return handoff.Send(ctx, path, h, files)
 }
 
+// unlimitMemlock lets the device process lock as much memory as it has: all of
+// the guest's, for each VF, or the kernel maps none of it for DMA. Nothing is
+// lost by that, for what it locks counts against the pod's memory anyhow. The
+// agent must see the process, which takes the host's PID namespace.
+func (d *device) unlimitMemlock(ctx context.Context) error {
+	c, err := dialSocket(ctx, d.podsDir, d.pod, controlSocket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	rc, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := rc.Control(func(fd uintptr) {
+		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil || cerr != nil {
+		return errors.Join(err, cerr)
+	}
+	if cred.Pid == 0 {
+		return errors.New("it is in a PID namespace that the agent does not see: run the agent with hostPID")
+	}
+	pid := int(cred.Pid)
+	limit := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+	err = unix.Prlimit(pid, unix.RLIMIT_MEMLOCK, &limit, nil)
+	if errors.Is(err, unix.EPERM) { // without CAP_SYS_RESOURCE as far as its hard limit
+		if err = unix.Prlimit(pid, unix.RLIMIT_MEMLOCK, nil, &limit); err == nil {
+			limit.Cur = limit.Max
+			err = unix.Prlimit(pid, unix.RLIMIT_MEMLOCK, &limit, nil)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("limit on locked memory of process %d: %w", pid, err)
+	}
+	return nil
+}
+
 func dialSocket(ctx context.Context, podsDir string, pod types.UID, name string) (net.Conn, error) {
 	path, done, err := openSocket(podsDir, pod, name)
 	if err != nil {

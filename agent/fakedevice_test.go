@@ -347,7 +347,7 @@ func (d *fakeDevice) Activate(_ context.Context, r *pb.ActivateRequest) (reply *
 			err = d.refusal(r.MigrationUid)
 			return
 		}
-		reply = &pb.ActivateReply{Interfaces: []*pb.InterfaceRestore{{Name: interfaceName, ReplayedOperations: 5, HeadsStrategy: "write"}},
+		reply = &pb.ActivateReply{Interfaces: []*pb.InterfaceRestore{{Name: interfaceName, ReplayedOperations: 5, HeadsStrategy: "write", Announcement: []byte("here")}},
 			Steps: []*pb.Step{{Name: "target/restore", Took: durationpb.New(time.Millisecond)}}}
 	})
 	return reply, err

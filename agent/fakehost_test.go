@@ -2,7 +2,9 @@ package agent
 
 import (
 	"context"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 
 	"compsc.io/compsc/agent/host"
@@ -14,6 +16,10 @@ type fakeHost struct {
 	prepared map[string]string // address to MAC
 	total    int
 	err      error
+	settled  int
+	damage   []string
+	// announced has address and frame of each announcement.
+	announced []string
 }
 
 func (h *fakeHost) Inventory(context.Context) ([]host.PF, error) {
@@ -40,6 +46,32 @@ func (h *fakeHost) Release(_ context.Context, address string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.prepared, address)
+	return nil
+}
+
+func (h *fakeHost) Held(context.Context) ([]string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Sorted(maps.Keys(h.prepared)), h.err
+}
+
+func (h *fakeHost) Settle(context.Context) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.settled++
+	return nil
+}
+
+func (h *fakeHost) Damage(context.Context) ([]string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.damage, nil
+}
+
+func (h *fakeHost) Announce(_ context.Context, address string, frame []byte) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.announced = append(h.announced, address+" "+string(frame))
 	return nil
 }
 

@@ -179,6 +179,53 @@ func (a *agent) releaseOne(ctx context.Context, address string, cached *coordina
 	return nil
 }
 
+// recover releases the VFs that an agent before this one prepared and that no
+// pod holds: its release, or the lease, was lost in between. It tries until it
+// has found out, or ctx ends.
+func (a *agent) recover(ctx context.Context) {
+	for {
+		err := a.releaseOrphans(ctx)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		a.log.Warn("VFs of an agent before this one", "error", err)
+		if !pauseFor(ctx, a.limits.pause*4) {
+			return
+		}
+	}
+}
+
+func (a *agent) releaseOrphans(ctx context.Context) error {
+	// In this order: a VF is leased before it is prepared, and released before
+	// its lease ends.
+	held, err := a.host.Held(ctx)
+	if err != nil || len(held) == 0 {
+		return err
+	}
+	var list coordinationv1.LeaseList
+	if err := a.live.List(ctx, &list, client.InNamespace(a.namespace), client.MatchingLabels{labelNode: a.node}); err != nil {
+		return fmt.Errorf("listing the VFs' leases: %w", err)
+	}
+	leased := map[string]bool{}
+	for i := range list.Items {
+		if l := &list.Items[i]; identity(l) != "" {
+			leased[l.Annotations[annotationVF]] = true
+		}
+	}
+	var errs []error
+	for _, address := range held {
+		if leased[address] {
+			continue
+		}
+		if err := a.host.Release(ctx, address); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		a.log.Info("VF released that no pod holds", "vf", address)
+	}
+	return errors.Join(errs...)
+}
+
 // renew renews the leases that pods hold.
 func (a *agent) renew(ctx context.Context) error {
 	leases, err := a.vfLeases(ctx)

@@ -171,6 +171,13 @@ func TestMigration(t *testing.T) {
 		t.Errorf("handoff %+v", h)
 	}
 
+	s.to.host.mu.Lock()
+	announced := s.to.host.announced
+	s.to.host.mu.Unlock()
+	if len(announced) != 1 || announced[0] != vfB+" here" {
+		t.Errorf("announced %q", announced)
+	}
+
 	// The source pod ends: its VF is free, the target's is not.
 	s.stopSrc()
 	s.status(func(*vfMigration) {})

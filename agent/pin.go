@@ -162,10 +162,17 @@ func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, rol
 		return err
 	}
 	defer v.Close() // the device process has its own descriptors by then
+	if v.Backend == host.BackendVFIO {
+		if err := d.unlimitMemlock(ctx); err != nil {
+			// What it may lock may be enough; it says so if it is not.
+			a.log.Warn("the device process keeps its limit on locked memory", "pod", string(d.pod), "error", err)
+		}
+	}
 	return d.handOver(ctx, handoff.Handoff{
 		Interface: p.iface, Slot: p.slot, Of: p.of, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
-		MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Trust: v.Model.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
+		MAC: p.ref.MAC, VLAN: v.VLAN, Trust: v.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
 		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType, MTU: v.Model.MTU},
+		VFIO:  handoff.VFIO{API: v.API},
 	}, v.Files)
 }
 

@@ -73,6 +73,7 @@ func Run(ctx context.Context, o Options) error {
 	instance := host + "_" + string(uuid.NewUUID())
 	runnables := []manager.RunnableFunc{
 		func(ctx context.Context) error { a.heartbeat(ctx, instance); return nil },
+		func(ctx context.Context) error { a.recover(ctx); return nil },
 		func(ctx context.Context) error {
 			// Calls are answered from the cache where possible.
 			if !mgr.GetCache().WaitForCacheSync(ctx) {

@@ -226,6 +226,7 @@ func (r *targetRun) restore(ctx context.Context) *failure {
 			return f
 		}
 	}
+	r.announce(held, active)
 	err = r.record(ctx, r.m, always(func(m *vfMigration) {
 		for _, i := range active.GetInterfaces() {
 			d := deviceOf(m, i.GetName())
@@ -239,6 +240,23 @@ func (r *targetRun) restore(ctx context.Context) *failure {
 		return &failure{v1alpha1.ReasonRestoreFailed, err}
 	}
 	return nil
+}
+
+// announce tells the network where the guest's addresses are now, for VFs that
+// cannot do so themselves.
+func (r *targetRun) announce(ctx context.Context, active *controlpb.ActivateReply) {
+	ctx, cancel := context.WithTimeout(ctx, r.limits.call)
+	defer cancel()
+	for _, i := range active.GetInterfaces() {
+		t := deviceOf(r.m, i.GetName()).Target
+		if len(i.GetAnnouncement()) == 0 || t == nil {
+			continue
+		}
+		if err := r.host.Announce(ctx, t.VF, i.GetAnnouncement()); err != nil {
+			// The guest's first frame will tell as well.
+			r.log.Warn("the guest's address was not announced", "interface", i.GetName(), "error", err)
+		}
+	}
 }
 
 func (r *targetRun) awaitStart(ctx context.Context) *failure {

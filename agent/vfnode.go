@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -49,13 +50,15 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 		c.ObservedGeneration = n.Generation
 		meta.SetStatusCondition(&n.Status.Conditions, c)
 	}
+	meta.SetStatusCondition(&n.Status.Conditions, a.intact(ctx, n.Generation))
 	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
 	n.Status.PFs = nil
 	held := 0
 	for _, p := range pfs {
-		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend}
+		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend, Address: p.Address,
+			Driver: p.Driver, DriverVersion: p.DriverVersion, FirmwareVersion: p.Firmware}
 		for _, v := range p.VFs {
-			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID}
+			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID, Family: v.Family, Obstacle: cut(v.Obstacle, maxMessage)}
 			vf.Holder, vf.Epoch = holderShown(leases[v.Address])
 			if vf.Holder != "" {
 				held++
@@ -76,7 +79,26 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	if ready.Status != metav1.ConditionTrue {
 		return ctrl.Result{RequeueAfter: a.limits.retry}, nil
 	}
-	return ctrl.Result{RequeueAfter: findingsAge}, nil
+	// VFs come and go, and change, without an event.
+	return ctrl.Result{RequeueAfter: min(findingsAge, a.limits.look)}, nil
+}
+
+// intact tells whether the VFs in use are as they were prepared, after it has
+// finished what could not be finished before.
+func (a *agent) intact(ctx context.Context, generation int64) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionIntact, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionIntact,
+		Message: "the VFs in use are as they were prepared", ObservedGeneration: generation}
+	if err := a.host.Settle(ctx); err != nil {
+		a.log.Warn("VFs that were released are not back as they were", "error", err)
+	}
+	damage, err := a.host.Damage(ctx)
+	switch {
+	case err != nil:
+		c.Status, c.Reason, c.Message = metav1.ConditionUnknown, "InventoryFailed", cut(err.Error(), maxMessage)
+	case len(damage) > 0:
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonReconfigured, cut(strings.Join(damage, "; "), maxMessage)
+	}
+	return c
 }
 
 // holderShown is a lease's holder as a VFNode shows it.

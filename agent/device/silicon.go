@@ -88,6 +88,16 @@ var deviceTypes = func() map[string]deviceType {
 	return types
 }()
 
+// Families names the register family of each VF that can be mediated, by
+// vendor:device in hexadecimal.
+func Families() map[string]string {
+	out := map[string]string{}
+	for id, dt := range deviceTypes {
+		out[id] = dt.family.Name()
+	}
+	return out
+}
+
 // modelQueuePairs is the number of queue pairs of an 82599 VF when the PF
 // runs 64 pools, which is how Linux's driver sets it up for up to 63 VFs.
 const modelQueuePairs = 2

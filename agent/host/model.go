@@ -221,7 +221,8 @@ func (m *Model) Prepare(_ context.Context, r Request) (*Prepared, error) {
 		queue.Close()
 		return nil, fmt.Errorf("VF %s: tap device %s: %w", r.Address, vf.tap, err)
 	}
-	return &Prepared{PF: vf.pf.Name, VF: vf.VF, Backend: BackendModel, Model: vf.pf.Traits, Files: []*os.File{queue}}, nil
+	return &Prepared{PF: vf.pf.Name, VF: vf.VF, Backend: BackendModel, VLAN: r.VLAN, Trust: vf.pf.Traits.Trust,
+		Model: vf.pf.Traits, Files: []*os.File{queue}}, nil
 }
 
 // Release removes what Prepare made, also under a device process that still
@@ -248,6 +249,19 @@ func (m *Model) Release(_ context.Context, address string) error {
 	}
 	return nil
 }
+
+// Held lists nothing: a tap device that outlives its pod is taken by the next
+// one, or released with the pod's lease.
+func (m *Model) Held(context.Context) ([]string, error) { return nil, nil }
+
+// Settle has nothing to finish: Release leaves nothing.
+func (m *Model) Settle(context.Context) error { return nil }
+
+// Damage finds nothing: nobody else changes a model.
+func (m *Model) Damage(context.Context) ([]string, error) { return nil, nil }
+
+// Announce does nothing: modelled VFs announce themselves on their wire.
+func (m *Model) Announce(context.Context, string, []byte) error { return nil }
 
 // checkMAC scans the prepared VFs for this MAC.
 func (m *Model) checkMAC(vf modelVF, mac string) error {

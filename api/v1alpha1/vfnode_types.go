@@ -18,6 +18,10 @@ const (
 	// the node can attach VFs, False while it cannot, Unknown as long as none
 	// was seen.
 	ConditionQEMU = "QEMU"
+	// ConditionIntact is True while the VFs in use are as the agent prepared
+	// them, and False with reason Reconfigured once somebody changed them or
+	// their PF: those VMs cannot be moved until their pods are restarted.
+	ConditionIntact = "Intact"
 )
 
 // Reasons of these conditions that are not of package
@@ -34,6 +38,8 @@ const (
 	// device vfio-user-pci (QEMU 10.1 and newer can be built with it).
 	ReasonVFIOUserPresent = "VFIOUserPresent"
 	ReasonVFIOUserMissing = "VFIOUserMissing"
+	// ReasonReconfigured: VFs in use were removed or changed.
+	ReasonReconfigured = "Reconfigured"
 )
 
 // VFNodeSpec is empty: a VFNode only reports.
@@ -71,6 +77,17 @@ type PFStatus struct {
 	Name string `json:"name"`
 	// Backend is "model" or "vfio".
 	Backend string `json:"backend"`
+	// Address is the PCI address; empty for a model.
+	// +optional
+	Address string `json:"address,omitempty"`
+	// Driver that is bound to it, with its version, and the version of its
+	// firmware, as ethtool -i shows them; empty where not known.
+	// +optional
+	Driver string `json:"driver,omitempty"`
+	// +optional
+	DriverVersion string `json:"driverVersion,omitempty"`
+	// +optional
+	FirmwareVersion string `json:"firmwareVersion,omitempty"`
 	// VFs are its virtual functions.
 	// +optional
 	// +listType=map
@@ -85,6 +102,14 @@ type VFStatus struct {
 	Address string `json:"address"`
 	// DeviceID is vendor:device in hexadecimal, such as 8086:10ed.
 	DeviceID string `json:"deviceID"`
+	// Family names the register family, such as ixgbevf.
+	// +optional
+	Family string `json:"family,omitempty"`
+	// Obstacle says why the VF cannot be used at all, and what to do; empty
+	// if it can.
+	// +optional
+	// +kubebuilder:validation:MaxLength=4096
+	Obstacle string `json:"obstacle,omitempty"`
 	// Holder is the pod that the VF is leased to, namespace/name; empty when free.
 	// +optional
 	Holder string `json:"holder,omitempty"`
