@@ -213,6 +213,7 @@ func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
 		NotMigratable:       sum.NotMigratable,
 		Slot:                uint32(i.cfg.Slot),
 		Socket:              i.qemuSocket(),
+		MailboxRecord:       vf.engine.Record(),
 	}, nil
 }
 
@@ -250,7 +251,10 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 	if err := vf.silicon.Forward(!caps.WritableRXHeads || !caps.WritableTXHeads); err != nil {
 		return err
 	}
-	return compsc.CheckSummary(dt.family, summaryOf(src), src.NeedsHeadRestore, caps)
+	if err := compsc.CheckSummary(dt.family, summaryOf(src), src.NeedsHeadRestore, caps); err != nil {
+		return err
+	}
+	return vf.engine.Rehearse(ctx, src.MailboxRecord)
 }
 
 // check judges a captured state.

@@ -529,8 +529,10 @@ type SourceInterface struct {
 	NotMigratable string `protobuf:"bytes,11,opt,name=not_migratable,json=notMigratable,proto3" json:"not_migratable,omitempty"`
 	// Where the VM's domain has the VF: its device number on bus 0 of the guest,
 	// and its socket's path as QEMU sees it. They travel with the domain.
-	Slot          uint32 `protobuf:"varint,12,opt,name=slot,proto3" json:"slot,omitempty"`
-	Socket        string `protobuf:"bytes,13,opt,name=socket,proto3" json:"socket,omitempty"`
+	Slot   uint32 `protobuf:"varint,12,opt,name=slot,proto3" json:"slot,omitempty"`
+	Socket string `protobuf:"bytes,13,opt,name=socket,proto3" json:"socket,omitempty"`
+	// What the guest asked of the PF, encoded: the target's PF rehearses it.
+	MailboxRecord []byte `protobuf:"bytes,14,opt,name=mailbox_record,json=mailboxRecord,proto3" json:"mailbox_record,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -654,6 +656,13 @@ func (x *SourceInterface) GetSocket() string {
 		return x.Socket
 	}
 	return ""
+}
+
+func (x *SourceInterface) GetMailboxRecord() []byte {
+	if x != nil {
+		return x.MailboxRecord
+	}
+	return nil
 }
 
 type AwaitCaptureRequest struct {
@@ -1961,7 +1970,7 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x12PrepareSourceReply\x12A\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2!.compsc.device.v1.SourceInterfaceR\n" +
-	"interfaces\"\x9d\x03\n" +
+	"interfaces\"\xc4\x03\n" +
 	"\x0fSourceInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06family\x18\x02 \x01(\tR\x06family\x12\x1b\n" +
@@ -1979,7 +1988,8 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	" \x01(\fR\tmsixTable\x12%\n" +
 	"\x0enot_migratable\x18\v \x01(\tR\rnotMigratable\x12\x12\n" +
 	"\x04slot\x18\f \x01(\rR\x04slot\x12\x16\n" +
-	"\x06socket\x18\r \x01(\tR\x06socket\"t\n" +
+	"\x06socket\x18\r \x01(\tR\x06socket\x12%\n" +
+	"\x0emailbox_record\x18\x0e \x01(\fR\rmailboxRecord\"t\n" +
 	"\x13AwaitCaptureRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\x128\n" +
 	"\x06epochs\x18\x02 \x03(\v2 .compsc.device.v1.InterfaceEpochR\x06epochs\"\x85\x02\n" +

@@ -1,0 +1,56 @@
+package compsc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Record is the encoded record of what the guest has asked of the PF, for
+// Rehearse on another VF.
+func (v *VF) Record() []byte {
+	v.mu.Lock()
+	defer v.unlock()
+	return v.log.Marshal()
+}
+
+// Rehearse has this VF's PF do all that another VF's record asks for, and
+// takes it back: whether it has the filters, the mailbox version and the trust
+// that it takes is then known before anything is stopped. It is only for a VF
+// that nobody uses, and leaves it scrubbed. The error is, or wraps, an
+// *IncompatibleError when the PF refuses or the record makes no sense.
+//
+// For as long as it takes, some milliseconds, the PF has the guest's address
+// filters installed, and frames to the guest from this PF's own VFs are lost.
+func (v *VF) Rehearse(ctx context.Context, record []byte) error {
+	v.mu.Lock()
+	defer v.unlock()
+	log, err := v.f.RestoreLog(record)
+	if err != nil {
+		return incompatible(ReasonStateInvalid, "%v", err)
+	}
+	err = v.scrub(ctx)
+	if err == nil {
+		_, err = v.replay(ctx, log.Replay())
+	}
+	undo, cancel := v.undoContext(ctx)
+	defer cancel()
+	if err = errors.Join(err, v.forgetMode(undo), v.scrub(undo)); err != nil {
+		return fmt.Errorf("rehearsal: %w", err)
+	}
+	return nil
+}
+
+// forgetMode has the PF forget what a reset leaves of the VF's last user: the
+// family's questions end with that, whatever is answered to them.
+func (v *VF) forgetMode(ctx context.Context) error {
+	if err := v.resetDevice(ctx); err != nil {
+		return err
+	}
+	for _, request := range v.f.Probe() {
+		if _, err := v.exchange(ctx, request); err != nil {
+			return fmt.Errorf("message %#x: %w", request[0], err)
+		}
+	}
+	return nil
+}
