@@ -59,7 +59,7 @@ func (r *GuardReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 	}
 	base := vmi.DeepCopy()
 	metav1.SetMetaDataLabel(&vmi.ObjectMeta, kubevirt.LabelVF, "true")
-	_, err := r.assess(ctx, &v1alpha1.VFMigration{
+	_, _, err := r.assess(ctx, &v1alpha1.VFMigration{
 		ObjectMeta: metav1.ObjectMeta{Namespace: vmi.Namespace}, Spec: v1alpha1.VFMigrationSpec{VMIName: vmi.Name},
 	})
 	why := ""

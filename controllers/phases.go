@@ -42,7 +42,7 @@ func (r *VFMigrationReconciler) accept(ctx context.Context, s *scope) (ctrl.Resu
 		}
 	}
 	if s.vfm.Status.Failure == nil {
-		source, err := r.preflight(ctx, s.vfm)
+		source, open, err := r.preflight(ctx, s.vfm)
 		if no := (*refusal)(nil); errors.As(err, &no) {
 			s.fail(no.reason, "%s", no.message)
 		} else if err != nil {
@@ -52,7 +52,7 @@ func (r *VFMigrationReconciler) accept(ctx context.Context, s *scope) (ctrl.Resu
 			start := metav1.NewTime(s.now)
 			s.vfm.Status.StartTime = &start
 			s.set(v1alpha1.ConditionAccepted, metav1.ConditionTrue, v1alpha1.ConditionAccepted,
-				"Everything known beforehand allows the migration.")
+				"Everything known beforehand allows the migration."+open)
 			return ctrl.Result{}, nil
 		}
 	}

@@ -30,39 +30,40 @@ func refuse(reason, format string, args ...any) error {
 }
 
 // preflight checks everything that can be known before a migration and returns
-// where the VM runs. A *refusal says why it cannot be, any other error that it
-// could not be found out. A refusal is final, so all is read from the API
-// server itself.
-func (r *VFMigrationReconciler) preflight(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, error) {
+// where the VM runs, and in words what only the target's verdict can decide. A
+// *refusal says why it cannot be, any other error that it could not be found
+// out. A refusal is final, so all is read from the API server itself.
+func (r *VFMigrationReconciler) preflight(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, string, error) {
 	if err := r.checkOthers(ctx, m); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	return r.assess(ctx, m)
 }
 
 // assess is preflight without regard to others that move the same VM.
-func (r *VFMigrationReconciler) assess(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, error) {
+func (r *VFMigrationReconciler) assess(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, string, error) {
 	vmi, ifaces, err := r.checkVMI(ctx, m)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	pod, err := r.sourcePod(ctx, vmi)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	source := &v1alpha1.VFMigrationEndpoint{NodeName: vmi.Status.NodeName, PodName: pod.Name, PodUID: pod.UID}
 	var nodes v1alpha1.VFNodeList
 	if err := r.Live.List(ctx, &nodes); err != nil {
-		return nil, fmt.Errorf("list VFNodes: %w", err)
+		return nil, "", fmt.Errorf("list VFNodes: %w", err)
 	}
 	needed, err := r.checkSource(ctx, source.NodeName, m.Namespace+"/"+pod.Name, len(ifaces), nodes.Items)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if err := r.checkGuards(ctx, vmi, pinned(nodes.Items, source.NodeName, m.Namespace+"/"+pod.Name)); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return source, r.checkTargets(ctx, m.Spec.Target, source.NodeName, needed, nodes.Items)
+	open, err := r.checkTargets(ctx, m.Spec.Target, source.NodeName, needed, nodes.Items)
+	return source, open, err
 }
 
 // checkVMI returns the VMI and those of its interfaces that have a VF.
@@ -172,9 +173,9 @@ func (r *VFMigrationReconciler) sourcePod(ctx context.Context, vmi *virtv1.Virtu
 	return source, nil
 }
 
-// checkSource returns how many VFs of each device ID holder, the source pod,
-// has on the source node.
-func (r *VFMigrationReconciler) checkSource(ctx context.Context, node, holder string, ifaces int, nodes []v1alpha1.VFNode) (map[string]int, error) {
+// checkSource returns the VFs that holder, the source pod, has on the source
+// node.
+func (r *VFMigrationReconciler) checkSource(ctx context.Context, node, holder string, ifaces int, nodes []v1alpha1.VFNode) ([]placedVF, error) {
 	i := slices.IndexFunc(nodes, func(n v1alpha1.VFNode) bool { return n.Name == node })
 	if i < 0 {
 		return nil, refuse(v1alpha1.ReasonAgentUnavailable,
@@ -188,24 +189,21 @@ func (r *VFMigrationReconciler) checkSource(ctx context.Context, node, holder st
 		return nil, refuse(v1alpha1.ReasonAgentUnavailable,
 			"the agent of the source node %s is not available: %s; see that the compsc agent runs there", node, why)
 	}
-	held := count(&nodes[i], holder)
-	n := 0
-	for _, k := range held {
-		n += k
-	}
-	if n < ifaces {
+	held := vfsOf(&nodes[i], holder)
+	if n := len(held); n < ifaces {
 		return nil, refuse(v1alpha1.ReasonDeviceUnavailable,
 			"VFNode %s lists %d VFs held by pod %s, its VMI has %d interfaces with network binding %q; see the compsc agent's log on that node",
 			node, n, holder, ifaces, kubevirt.BindingName)
 	}
-	return held, nil
+	return held, checkIntact(&nodes[i], held)
 }
 
 // checkTargets refuses when no node that KubeVirt may choose can take the VM.
-// Which of several it takes is left to KubeVirt.
-func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alpha1.VFMigrationTarget, source string, needed map[string]int, nodes []v1alpha1.VFNode) error {
+// Which of several it takes is left to KubeVirt. It returns in words what is
+// left to the verdict of the first that can.
+func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alpha1.VFMigrationTarget, source string, needed []placedVF, nodes []v1alpha1.VFNode) (string, error) {
 	if target != nil && target.NodeName == source {
-		return refuse(v1alpha1.ReasonTargetNotFound,
+		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"spec.target.nodeName %s is the node that the VM runs on; name another node", source)
 	}
 	var matching, unavailable, unfit, full []string
@@ -216,7 +214,7 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		}
 		ok, err := r.allows(ctx, target, n.Name)
 		if err != nil {
-			return err
+			return "", err
 		}
 		if !ok {
 			continue
@@ -224,7 +222,7 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		matching = append(matching, n.Name)
 		why, err := r.agentDown(ctx, n)
 		if err != nil {
-			return err
+			return "", err
 		}
 		if why != "" {
 			unavailable = append(unavailable, n.Name+": "+why)
@@ -234,29 +232,33 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 			unfit = append(unfit, n.Name+": "+c.Message)
 			continue
 		}
-		missing := lacking(needed, count(n, ""))
-		if missing == "" {
-			return nil
+		f := fit(needed, vfsOf(n, ""))
+		switch {
+		case f.missing == "":
+			return f.open(n.Name), nil
+		case f.unfit:
+			unfit = append(unfit, n.Name+": "+f.missing)
+		default:
+			full = append(full, n.Name+": "+f.missing)
 		}
-		full = append(full, n.Name+": "+missing)
 	}
 	switch {
 	case len(full) > 0:
-		return refuse(v1alpha1.ReasonNoFreeVF, "no node has enough free VFs (%s); free some, or add VFs there%s",
+		return "", refuse(v1alpha1.ReasonNoFreeVF, "no node has enough free VFs (%s); free some, or add VFs there%s",
 			strings.Join(full, "; "), alsoDown(unavailable))
 	case len(unfit) > 0:
-		return refuse(v1alpha1.ReasonIncompatible, "no node can run the VM with its VFs (%s)%s", strings.Join(unfit, "; "), alsoDown(unavailable))
+		return "", refuse(v1alpha1.ReasonIncompatible, "no node can run the VM with its VFs (%s)%s", strings.Join(unfit, "; "), alsoDown(unavailable))
 	case len(unavailable) > 0:
-		return refuse(v1alpha1.ReasonAgentUnavailable, "no agent of a possible target node is available (%s); see that the compsc agent runs there",
+		return "", refuse(v1alpha1.ReasonAgentUnavailable, "no agent of a possible target node is available (%s); see that the compsc agent runs there",
 			strings.Join(unavailable, "; "))
 	case len(matching) == 0 && target != nil && target.NodeName != "":
-		return r.explainMissing(ctx, target.NodeName)
+		return "", r.explainMissing(ctx, target.NodeName)
 	case target != nil:
-		return refuse(v1alpha1.ReasonTargetNotFound,
+		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"no node but the source %s has a VFNode and the labels %s; correct spec.target.nodeSelector in a new VFMigration",
 			source, labels.FormatLabels(target.NodeSelector))
 	default:
-		return refuse(v1alpha1.ReasonTargetNotFound,
+		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"no node but the source %s has a VFNode; see that the compsc agent runs on other nodes", source)
 	}
 }
@@ -334,30 +336,4 @@ func (r *VFMigrationReconciler) agentDown(ctx context.Context, n *v1alpha1.VFNod
 		return fmt.Sprintf("lease %s/%s ended at %s", r.Namespace, name, end.UTC().Format(time.RFC3339)), nil
 	}
 	return "", nil
-}
-
-// count tells how many VFs of each device ID a node has in the hands of
-// holder, or free when holder is empty.
-func count(n *v1alpha1.VFNode, holder string) map[string]int {
-	c := map[string]int{}
-	for _, pf := range n.Status.PFs {
-		for _, vf := range pf.VFs {
-			if vf.Holder == holder {
-				c[vf.DeviceID]++
-			}
-		}
-	}
-	return c
-}
-
-// lacking says in words what free lacks of needed; it is empty for nothing.
-func lacking(needed, free map[string]int) string {
-	var missing []string
-	for id, n := range needed {
-		if free[id] < n {
-			missing = append(missing, fmt.Sprintf("%d free of %d needed with device ID %s", free[id], n, id))
-		}
-	}
-	slices.Sort(missing)
-	return strings.Join(missing, ", ")
 }
