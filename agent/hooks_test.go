@@ -277,6 +277,24 @@ func (s *scene) made(uid types.UID, f func(*vfMigration)) {
 	})
 }
 
+// TestHookHalfPrepared has a device process that is prepared, but for another
+// migration, or without the target's verdict.
+func TestHookHalfPrepared(t *testing.T) {
+	s := boot(t)
+	atSource := s.from.serveHooks()
+	s.made("vmim-uid", func(m *vfMigration) {
+		m.Status.Source = &v1alpha1.VFMigrationEndpoint{NodeName: "a", PodName: s.sPod.Name, PodUID: s.sPod.UID}
+		m.Status.Target = &v1alpha1.VFMigrationEndpoint{NodeName: "b", PodName: "launcher-target", PodUID: "none"}
+		setTrue(m, v1alpha1.ConditionPrepared, "of a story that is not true")
+	})
+	s.src.set(func() { s.src.phase, s.src.uid = pb.Phase_PHASE_SOURCE_PREPARED, "other" })
+	expectHook(t, atSource(nodehook.PreMigrationSource), codes.Unavailable, "is in PHASE_SOURCE_PREPARED")
+	s.src.set(func() { s.src.uid = "m-uid" })
+	expectHook(t, atSource(nodehook.PreMigrationSource), codes.OK, "")
+	s.status(func(m *vfMigration) { setUnknown(m, v1alpha1.ConditionPrepared, v1alpha1.ReasonProgressing, "asking") })
+	expectHook(t, atSource(nodehook.PreMigrationSource), codes.Unavailable, "node b has not accepted the VFs yet")
+}
+
 // TestHookAfterAbort aborts once both hooks have let KubeVirt go on: they must
 // not a second time, and the VM's VFs work on at the source.
 func TestHookAfterAbort(t *testing.T) {

@@ -398,7 +398,9 @@ func (l *lab) pod(name, node, vf, migration string) *corev1.Pod {
 		Labels: map[string]string{kubevirt.LabelApp: kubevirt.AppLauncher, kubevirt.LabelCreatedBy: string(l.vmiUID), kubevirt.LabelVMIName: "vm"},
 		Annotations: map[string]string{kubevirt.AnnotationNetworkStatus: fmt.Sprintf(
 			`[{"name":"default/fast","interface":"net1","mac":%q,"device-info":{"type":"pci","pci":{"pci-address":%q}}}]`, mac, vf)}},
-		Spec: corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "compute", Image: "x"}}}, Status: corev1.PodStatus{Phase: corev1.PodRunning}}
+		Spec: corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "compute", Image: "x"}},
+			TerminationGracePeriodSeconds: new(int64)}, // there is no kubelet to end it
+		Status: corev1.PodStatus{Phase: corev1.PodRunning}}
 	if migration != "" {
 		p.Labels[kubevirt.LabelMigrationJobUID] = migration
 	}

@@ -44,9 +44,9 @@ func assets(t *testing.T, variable, name string) string {
 	return dir
 }
 
-// apiServer starts a real one, and returns its administrator and a user with
-// exactly the rights of config/rbac's agent.
-func apiServer(t *testing.T) (client.WithWatch, *rest.Config) {
+// apiServer starts a real one, and returns its administrator, and users with
+// exactly the rights of config/rbac's agent and manager.
+func apiServer(t *testing.T) (admin client.WithWatch, agent, manager *rest.Config) {
 	t.Helper()
 	ctrl.SetLogger(logr.Discard())
 	env := &envtest.Environment{
@@ -70,18 +70,28 @@ func apiServer(t *testing.T) (client.WithWatch, *rest.Config) {
 	if err := rbacv1.AddToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-	admin, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
-	if err != nil {
-		t.Fatal(err)
-	}
-	user, err := env.AddUser(envtest.User{Name: "agent"}, nil)
-	if err != nil {
+	if admin, err = client.NewWithWatch(config, client.Options{Scheme: scheme}); err != nil {
 		t.Fatal(err)
 	}
 	if err := admin.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.SystemNamespace}}); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Open(filepath.Join("..", "config", "rbac", "compsc-agent.yaml"))
+	users := map[string]*rest.Config{}
+	for _, name := range []string{"agent", "manager"} {
+		user, err := env.AddUser(envtest.User{Name: name}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		grantRole(t, admin, name)
+		users[name] = user.Config()
+	}
+	return admin, users["agent"], users["manager"]
+}
+
+// grantRole gives the user of that name the roles that config/rbac has for it.
+func grantRole(t *testing.T, admin client.Client, name string) {
+	t.Helper()
+	f, err := os.Open(filepath.Join("..", "config", "rbac", "compsc-"+name+".yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,18 +103,17 @@ func apiServer(t *testing.T) (client.WithWatch, *rest.Config) {
 			t.Fatal(err)
 		}
 	}
-	subjects := []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: "agent"}}
+	subjects := []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: name}}
 	for _, o := range []client.Object{clusterRole, role,
-		&rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: "agent"}, Subjects: subjects,
+		&rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}, Subjects: subjects,
 			RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: clusterRole.Name}},
-		&rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: role.Namespace, Name: "agent"}, Subjects: subjects,
+		&rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: role.Namespace, Name: name}, Subjects: subjects,
 			RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: role.Name}},
 	} {
 		if err := admin.Create(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return admin, user.Config()
 }
 
 // runAgent runs a node's agent as the command does. The returned function
@@ -114,7 +123,8 @@ func runAgent(t *testing.T, n *labNode, config *rest.Config) func() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
-		done <- Run(ctx, Options{NodeName: n.name, Config: config, PodsDir: n.podsDir, PeerListen: "127.0.0.1:0", TLS: n.files, Host: n.host,
+		done <- Run(ctx, Options{NodeName: n.name, Config: config, PodsDir: n.podsDir, ProcDir: n.procDir,
+			HookSocket: filepath.Join(filepath.Dir(n.procDir), n.name+".sock"), PeerListen: "127.0.0.1:0", TLS: n.files, Host: n.host,
 			Version: "v1", Log: slog.New(slog.NewTextHandler(testWriter{t}, nil)).With("node", n.name)})
 	}()
 	stop := func() {
@@ -147,7 +157,7 @@ func setPhase(t *testing.T, c client.Client, p *corev1.Pod, phase corev1.PodPhas
 // TestRun moves a VM between two agents as they are started by the command,
 // on a real API server, with no more than their rights.
 func TestRun(t *testing.T) {
-	admin, config := apiServer(t)
+	admin, config, _ := apiServer(t)
 	l := &lab{t: t, client: admin}
 	l.addNodes()
 	s := &scene{from: l.nodes["a"], to: l.nodes["b"], migration: &migration{lab: l}}

@@ -30,9 +30,9 @@ func (s *scope) migrationName() string {
 }
 
 // vmimDeleted tells whether the VirtualMachineInstanceMigration was deleted
-// before its end.
+// before its good end. KubeVirt may have failed it for that by the time it is seen.
 func (s *scope) vmimDeleted() bool {
-	return s.vmim == nil || !s.vmim.DeletionTimestamp.IsZero() && !s.vmim.IsFinal()
+	return s.vmim == nil || !s.vmim.DeletionTimestamp.IsZero() && s.vmim.Status.Phase != virtv1.MigrationSucceeded
 }
 
 // failDeleted takes the deletion of an adopted VirtualMachineInstanceMigration

@@ -194,6 +194,7 @@ func TestAdoptedDeletionAborts(t *testing.T) {
 		"target ready":  {deleted(reached(v1alpha1.ConditionPrepared, virtv1.MigrationTargetReady).adopt()), v1alpha1.ReasonAborted},
 		"captured":      {deleted(reached(v1alpha1.ConditionCaptured, virtv1.MigrationRunning).adopt()), v1alpha1.ReasonAborted},
 		"restored":      {deleted(reached(v1alpha1.ConditionRestored, virtv1.MigrationRunning).adopt()), ""},
+		"failed for it": {deleted(reached(v1alpha1.ConditionPrepared, virtv1.MigrationFailed).adopt()), v1alpha1.ReasonAborted},
 		"already ended": {deleted(reached(v1alpha1.ConditionVerified, virtv1.MigrationSucceeded).adopt()), ""},
 		"gone": {func() *fixture {
 			f := reached(v1alpha1.ConditionPrepared, virtv1.MigrationRunning).adopt()

@@ -69,6 +69,9 @@ func (p *play) createNode(name string) {
 	p.Helper()
 	n := &v1alpha1.VFNode{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	p.create(n)
+	p.Cleanup(func() { // or the next play's VM could go there
+		p.Expect(client.IgnoreNotFound(admin.Delete(context.Background(), n))).To(gomega.Succeed())
+	})
 	vf := v1alpha1.VFStatus{Address: "0000:01:10.0", DeviceID: "8086:10ed"}
 	if name == p.source {
 		vf.Holder = p.ns + "/launcher-a"
