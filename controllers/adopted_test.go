@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -297,6 +298,9 @@ func TestAdoption(t *testing.T) {
 				t.Fatalf("%d VFMigrations, events %v", len(list.Items), c.rec.events)
 			}
 			got := list.Items[0]
+			if !slices.Equal(got.Finalizers, []string{v1alpha1.VFMigrationFinalizer}) {
+				t.Errorf("finalizers %v", got.Finalizers)
+			}
 			if got.Name != tc.want || got.Labels[kubevirt.LabelMigrationUID] != "0123456789" || got.OwnerReferences[0].UID != "vmi-uid" {
 				t.Errorf("%+v", got.ObjectMeta)
 			}

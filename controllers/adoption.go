@@ -92,6 +92,9 @@ func adopting(vmim *virtv1.VirtualMachineInstanceMigration, vmi *virtv1.VirtualM
 			Namespace: vmim.Namespace,
 			Name:      vmim.Name[:min(len(vmim.Name), 253-len(suffix))] + suffix,
 			Labels:    map[string]string{kubevirt.LabelMigrationUID: string(vmim.UID)},
+			// KubeVirt's migration is under way already: whoever deletes this
+			// object, however soon, asks for that one to be undone.
+			Finalizers: []string{v1alpha1.VFMigrationFinalizer},
 			// Nobody but the VM's owner would delete it.
 			OwnerReferences: []metav1.OwnerReference{{
 				APIVersion: virtv1.GroupVersion.String(), Kind: "VirtualMachineInstance", Name: vmi.Name, UID: vmi.UID,
