@@ -77,7 +77,7 @@ func TestRights(t *testing.T) {
 	}{
 		{"patch the status of a VFMigration", func(c client.Client) error { return touchStatus(c, m) }, true, true},
 		{"patch a VFMigration", func(c client.Client) error { return touch(c, m) }, true, false},
-		{"delete a VFMigration", func(c client.Client) error { return c.Delete(ctx, of(m)) }, false, false},
+		{"delete a VFMigration", func(c client.Client) error { return c.Delete(ctx, of(m)) }, true, false},
 		{"patch the status of a VFNode", func(c client.Client) error { return touchStatus(c, vfNode) }, false, true},
 		{"patch a VFNode", func(c client.Client) error { return touch(c, vfNode) }, false, false},
 		{"delete a VFNode", func(c client.Client) error { return c.Delete(ctx, of(vfNode)) }, false, false},
@@ -85,7 +85,7 @@ func TestRights(t *testing.T) {
 		{"delete a lease", func(c client.Client) error { return c.Delete(ctx, of(lease)) }, false, false},
 		{"create a lease of another namespace", func(c client.Client) error { return c.Create(ctx, newLease(harness.Namespace)) }, false, false},
 		{"create a VirtualMachineInstanceMigration", func(c client.Client) error { return c.Create(ctx, vmim.DeepCopy()) }, true, false},
-		{"patch a VMI", func(c client.Client) error { return touch(c, vmi) }, false, false},
+		{"patch a VMI", func(c client.Client) error { return touch(c, vmi) }, true, false},
 		{"delete a VMI", func(c client.Client) error { return c.Delete(ctx, of(vmi)) }, false, false},
 		{"create a pod", func(c client.Client) error { return c.Create(ctx, newPod.DeepCopy()) }, false, false},
 		{"patch a pod", func(c client.Client) error { return touch(c, pod) }, false, false},
