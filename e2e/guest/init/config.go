@@ -11,10 +11,11 @@ import (
 type config struct {
 	addresses []netip.Prefix // of the VFs, in the order of their PCI addresses
 	mtu       int            // 0: leave the driver's
+	port      string         // the serial port of the commands
 }
 
 func parseCmdline(cmdline string) (config, error) {
-	var c config
+	c := config{port: "ttyS1"}
 	for _, word := range strings.Fields(cmdline) {
 		name, value, _ := strings.Cut(word, "=")
 		switch name {
@@ -32,6 +33,11 @@ func parseCmdline(cmdline string) (config, error) {
 				return config{}, fmt.Errorf("kernel command line: %s: an MTU from 68 to 65535 is needed", word)
 			}
 			c.mtu = mtu
+		case "compsc.port":
+			if value != "ttyS0" && value != "ttyS1" {
+				return config{}, fmt.Errorf("kernel command line: %s: ttyS0 or ttyS1 is needed", word)
+			}
+			c.port = value
 		}
 	}
 	return c, nil

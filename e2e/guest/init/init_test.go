@@ -14,9 +14,11 @@ func TestParseCmdline(t *testing.T) {
 		want    config
 		fails   bool
 	}{
-		{"console=ttyS0 quiet\n", config{}, false},
-		{"a compsc.ip=192.0.2.10/24 compsc.mtu=9000", config{[]netip.Prefix{address("192.0.2.10/24")}, 9000}, false},
-		{"compsc.ip=192.0.2.10/24,2001:db8::1/64", config{[]netip.Prefix{address("192.0.2.10/24"), address("2001:db8::1/64")}, 0}, false},
+		{"console=ttyS0 quiet\n", config{port: "ttyS1"}, false},
+		{"a compsc.ip=192.0.2.10/24 compsc.mtu=9000", config{[]netip.Prefix{address("192.0.2.10/24")}, 9000, "ttyS1"}, false},
+		{"compsc.ip=192.0.2.10/24,2001:db8::1/64", config{[]netip.Prefix{address("192.0.2.10/24"), address("2001:db8::1/64")}, 0, "ttyS1"}, false},
+		{"console=tty0 compsc.port=ttyS0", config{port: "ttyS0"}, false},
+		{"compsc.port=../mem", config{}, true},
 		{"compsc.ip=192.0.2.10", config{}, true},
 		{"compsc.ip=", config{}, true},
 		{"compsc.mtu=10", config{}, true},

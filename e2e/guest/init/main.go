@@ -1,12 +1,14 @@
 // The init program of test VMs: it loads the VF driver, gives the interfaces
 // the addresses that the kernel's command line names, serves streams (package
-// stream) on the network and commands (package proto) on the second serial
+// stream) on the network and commands (package proto) on a serial
 // port. There is nothing else in the guest: no shell, no services.
 //
 // Parameters on the kernel's command line:
 //
 //	compsc.ip=192.0.2.10/24[,...]  addresses of the VFs, in the order of their PCI addresses
 //	compsc.mtu=9000                MTU of all VFs
+//	compsc.port=ttyS0              serial port of the commands, by default the second one; the
+//	                               kernel's console must not be there
 package main
 
 import (
@@ -40,7 +42,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	port, err := pid1.OpenSerial("/dev/ttyS1")
+	port, err := pid1.OpenSerial("/dev/" + config.port)
 	if err != nil {
 		return err
 	}
