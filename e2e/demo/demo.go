@@ -163,7 +163,7 @@ func (d *show) play(ctx context.Context, set artifacts.Set) (err error) {
 }
 
 func (d *show) introduceGuest(ctx context.Context) error {
-	return d.vm.Guest(ctx, func(ctx context.Context, c *proto.Client) error {
+	return d.vm.Call(ctx, func(ctx context.Context, c *proto.Client) error {
 		info, err := c.Info(ctx)
 		if err != nil {
 			return err

@@ -63,13 +63,13 @@ func boot(t *testing.T, ctx context.Context, h *harness.Harness, k *trunk, cores
 // guest speaks to the guest and fails the test if that fails.
 func (r *rig) guest(ctx context.Context, do func(context.Context, *proto.Client) error) {
 	r.t.Helper()
-	check(r.t, r.vm.Guest(ctx, do))
+	check(r.t, r.vm.Call(ctx, do))
 }
 
 // act has the guest do something.
 func (r *rig) act(ctx context.Context, action proto.Action) {
 	r.t.Helper()
-	if err := r.vm.Guest(ctx, func(ctx context.Context, c *proto.Client) error { return c.Run(ctx, action) }); err != nil {
+	if err := r.vm.Call(ctx, func(ctx context.Context, c *proto.Client) error { return c.Run(ctx, action) }); err != nil {
 		r.t.Fatalf("%+v: %v", action, err)
 	}
 }
@@ -127,7 +127,7 @@ func (r *rig) flow(ctx context.Context) error {
 				return false, fmt.Errorf("it broke: %+v", st)
 			}
 			var there []proto.Stream
-			if err := r.vm.Guest(ctx, func(ctx context.Context, c *proto.Client) (err error) {
+			if err := r.vm.Call(ctx, func(ctx context.Context, c *proto.Client) (err error) {
 				there, err = c.Streams(ctx)
 				return err
 			}); err != nil {

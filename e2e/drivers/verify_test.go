@@ -103,7 +103,7 @@ func (r *rig) sentinel(ctx context.Context) (seen map[uint64]uint64, err error) 
 		if err := r.trunk.send(newFrame(guestMAC, token)); err != nil {
 			return false, err
 		}
-		err := r.vm.Guest(ctx, func(ctx context.Context, c *proto.Client) (err error) {
+		err := r.vm.Call(ctx, func(ctx context.Context, c *proto.Client) (err error) {
 			seen, err = c.Frames(ctx)
 			return err
 		})

@@ -16,13 +16,13 @@ import (
 // Attach speaks to the Linux guest of a VM that was not made by Boot, once its
 // driver has a link. The VM has one VF, and ip is its address.
 func (h *Harness) Attach(ctx context.Context, name string, ip netip.Addr) (*VM, error) {
-	vm := &VM{h: h, name: name, ip: ip}
+	vm := h.newVM(name, ip)
 	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
 	var last error
 	err := Until(ctx, "the guest of VMI "+name+" to have a link", func(ctx context.Context) (bool, error) {
 		// Until the guest has opened its port it echoes.
-		last = vm.Guest(ctx, func(ctx context.Context, c *proto.Client) error {
+		last = vm.Call(ctx, func(ctx context.Context, c *proto.Client) error {
 			_, err := c.WaitUp(ctx, 1)
 			return err
 		})

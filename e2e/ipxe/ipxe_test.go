@@ -327,7 +327,7 @@ func (l *lab) linux() {
 	l.Helper()
 	vm, err := l.h.Attach(l.ctx, key.Name, l.h.Lab.GuestIP().Addr())
 	l.must(err)
-	l.must(vm.Guest(l.ctx, func(ctx context.Context, c *proto.Client) error {
+	l.must(vm.Call(l.ctx, func(ctx context.Context, c *proto.Client) error {
 		info, err := c.Info(ctx)
 		if err != nil {
 			return err
