@@ -55,6 +55,14 @@ func FindReal() (Real, error) {
 	if r.Images, err = filepath.Glob(filepath.Join(cache, "kubevirt-images", "*.tar")); err != nil || len(r.Images) == 0 {
 		missing = append(missing, errors.Join(err, errors.New("no images in "+filepath.Join(cache, "kubevirt-images"))))
 	}
+	// What changes with this project is built beside it.
+	for _, name := range []string{"compsc", "deviceplugin"} {
+		image := filepath.Join(root, "out", "kubevirt", name+".tar")
+		if _, err := os.Stat(image); err != nil {
+			missing = append(missing, err)
+		}
+		r.Images = append(r.Images, image)
+	}
 	slices.Sort(r.Images)
 	if len(missing) > 0 {
 		return Real{}, fmt.Errorf("something to run with is missing, `make kubevirt` builds it: %w", errors.Join(missing...))

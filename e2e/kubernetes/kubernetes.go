@@ -133,6 +133,8 @@ func (c *Cluster) connect() (err error) {
 	}
 	// The tests' own haste is not what is tested.
 	c.Config.QPS, c.Config.Burst = 100, 200
+	// Nor are the API server's opinions of KubeVirt's manifests.
+	c.Config.WarningHandler = rest.NoWarnings{}
 	c.Client, err = client.NewWithWatch(c.Config, client.Options{Scheme: cluster.Scheme()})
 	return err
 }
@@ -236,8 +238,8 @@ func poll(ctx context.Context, what string, ok func(context.Context) (bool, erro
 	}
 }
 
-// LogDir is where the programs of the control plane log; a node's logs are
-// below NodeRoot.
+// LogDir is where the programs of the control plane log; a node's own logs
+// are NodeFiles below /var/log.
 func (c *Cluster) LogDir() string { return filepath.Join(c.lab.Dir, "log") }
 
 // NodeFile is a path on a node as this process reaches it, for files that are
@@ -245,6 +247,10 @@ func (c *Cluster) LogDir() string { return filepath.Join(c.lab.Dir, "log") }
 func (c *Cluster) NodeFile(node, path string) string {
 	return filepath.Join(c.stateDir(node), "upper", path)
 }
+
+// ConfigDir is a directory of this process's that the node has as
+// /etc/kubernetes.
+func (c *Cluster) ConfigDir(node string) string { return filepath.Join(c.stateDir(node), "etc") }
 
 func (c *Cluster) stateDir(node string) string {
 	return filepath.Join(c.lab.Dir, "nodes", node)

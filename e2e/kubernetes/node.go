@@ -51,7 +51,7 @@ makeIPTablesUtilChains: false
 
 func (c *Cluster) startNode(i int, name string) error {
 	state := c.stateDir(name)
-	etc := filepath.Join(state, "etc")
+	etc := c.ConfigDir(name)
 	if err := os.MkdirAll(etc, 0o700); err != nil {
 		return err
 	}

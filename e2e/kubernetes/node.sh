@@ -131,7 +131,7 @@ import() {
     done
     # A pod that must run the very image of another names it by its digest.
     ctr -n k8s.io images ls | while read -r name _ digest _; do
-        if [[ "$digest" != sha256:* || "$name" == *@* ]]; then continue; fi
+        if [[ "$digest" != sha256:* || "$name" == sha256:* || "$name" == *@* ]]; then continue; fi
         ctr -n k8s.io images tag --force "$name" "${name%:*}@$digest" >>/var/log/import.log 2>&1 || return
     done
 }

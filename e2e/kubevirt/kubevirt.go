@@ -56,7 +56,7 @@ type Stack struct {
 	o Options
 }
 
-// Start brings up Kubernetes and KubeVirt. The caller must Close it.
+// Start brings up Kubernetes, Multus, KubeVirt and this project. The caller must Close it.
 func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	if o.Progress == nil {
 		o.Progress = func(string) {}
@@ -77,7 +77,13 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return s, s.installKubeVirt(ctx)
+	if err := s.installMultus(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.installKubeVirt(ctx); err != nil {
+		return nil, err
+	}
+	return s, s.installProduct(ctx)
 }
 
 // Close takes everything down. It may be called again.

@@ -127,7 +127,9 @@ func possible(d *libvirtxml.Domain, l *layout) error {
 	if d.Type != "kvm" && d.Type != "qemu" {
 		return fmt.Errorf("domain type %q: QEMU is needed", d.Type)
 	}
-	if d.OS == nil || d.OS.Type == nil || d.OS.Type.Arch != "x86_64" ||
+	// While it prepares a migration's target, virt-launcher shows a domain that
+	// tells no architecture (prepareMigrationTarget in KubeVirt 1.8).
+	if d.OS == nil || d.OS.Type == nil || (d.OS.Type.Arch != "x86_64" && d.OS.Type.Arch != "") ||
 		(d.OS.Type.Machine != "q35" && !strings.HasPrefix(d.OS.Type.Machine, "pc-q35-")) {
 		arch, machine := "", ""
 		if d.OS != nil && d.OS.Type != nil {

@@ -235,3 +235,15 @@ func FuzzDefine(f *testing.F) {
 		}
 	})
 }
+
+// TestTargetWithoutArchitecture: what virt-launcher shows while it prepares a
+// migration's target tells no architecture.
+func TestTargetWithoutArchitecture(t *testing.T) {
+	doc := bytes.Replace(read(t, "kernel-boot"), []byte(` arch="x86_64"`), nil, 1)
+	if bytes.Contains(doc, []byte("arch=")) {
+		t.Fatal("the domain tells its architecture")
+	}
+	if _, err := Define(doc, config); err != nil {
+		t.Error(err)
+	}
+}

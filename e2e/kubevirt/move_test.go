@@ -1,0 +1,127 @@
+//go:build e2ekubevirt
+
+package kubevirt
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/harness"
+)
+
+const (
+	vm, vmMAC           = "vm", "52:54:00:c0:5c:01"
+	blocker, blockerMAC = "blocker", "52:54:00:c0:5c:02"
+)
+
+// TestMove: a virtual machine that names our binding gets its VF, and under
+// traffic from outside is moved in every way that users have. One that
+// cannot be moved is left alone, and everybody is told why.
+func TestMove(t *testing.T) {
+	ctx := testContext(t, 20*time.Minute)
+	g, err := stack.Boot(ctx, vm, vmMAC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := stack.DeleteVM(context.WithoutCancel(ctx), vm); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := g.StartTraffic(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, way := range stack.Ways(vm) {
+		if !t.Run(way.Name, func(t *testing.T) {
+			m, err := stack.Move(ctx, vm, g, way.Name, way.Ask)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.VFMigration.Status.Phase != v1alpha1.PhaseSucceeded {
+				t.Errorf("the VFMigration's phase is %s", m.VFMigration.Status.Phase)
+			}
+			t.Log(m)
+		}) {
+			t.FailNow()
+		}
+	}
+	t.Run("refused", func(t *testing.T) { refused(ctx, t, g.Rebase) })
+	if _, err := g.CheckUndisturbed(ctx); err != nil {
+		t.Error(err)
+	}
+	if st, err := g.StopTraffic(ctx); err != nil || !st.Intact {
+		t.Errorf("the stream ended with %+v: %v", st, err)
+	}
+}
+
+// refused takes the only VF that the virtual machine could move to.
+func refused(ctx context.Context, t *testing.T, rebase func(context.Context) error) {
+	from, err := stack.NodeOf(ctx, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := Other(from)
+	if err := stack.CreateVM(ctx, blocker, VMOptions{MAC: blockerMAC, Node: to, Paused: true}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := stack.DeleteVM(context.WithoutCancel(ctx), blocker); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := stack.Kube.Until(ctx, "the VF to be taken", func(ctx context.Context) (bool, error) {
+		free, err := stack.FreeVFs(ctx, to)
+		return free == 0, err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	pod, err := stack.PodOf(ctx, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := rebase(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	// Its own object says so.
+	known, err := stack.Known(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stack.CreateVFMigration(ctx, "refused", vm, to); err != nil {
+		t.Fatal(err)
+	}
+	m, err := stack.AwaitVFMigration(ctx, vm, known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := meta.FindStatusCondition(m.Status.Conditions, v1alpha1.ConditionAccepted)
+	if c == nil || c.Reason != v1alpha1.ReasonNoFreeVF || m.Status.Failure == nil || m.Status.MigrationRef != nil {
+		t.Errorf("the VFMigration: %s", harness.Describe(m))
+	}
+
+	// The virtual machine says so, and so a migration of KubeVirt's own is
+	// refused when it is made.
+	v := &kubevirtv1.VirtualMachineInstance{}
+	if err := stack.Kube.Until(ctx, "the reason on the VMI", func(ctx context.Context) (bool, error) {
+		err := stack.Client().Get(ctx, client.ObjectKey{Namespace: Namespace, Name: vm}, v)
+		return strings.Contains(v.Annotations["compsc.io/migration-blocked"], v1alpha1.ReasonNoFreeVF), err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := stack.CreateVMIM(ctx, "refused", vm); err == nil || !strings.Contains(err.Error(), v1alpha1.ReasonNoFreeVF) {
+		t.Errorf("creating a VirtualMachineInstanceMigration: %v, want a refusal that names %s", err, v1alpha1.ReasonNoFreeVF)
+	}
+
+	after, err := stack.PodOf(ctx, vm)
+	if err != nil || after != pod {
+		t.Errorf("the virtual machine was in pod %s, is in %s (%v)", pod, after, err)
+	}
+}
