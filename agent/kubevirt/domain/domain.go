@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 )
@@ -205,10 +206,17 @@ func (c Config) args() ([]string, error) {
 		add("-device", map[string]any{
 			"driver": "vfio-user-pci", "id": fmt.Sprintf("%svf%02x", prefix, v.Slot), "bus": "pcie.0",
 			"addr": fmt.Sprintf("%#x", v.Slot), "rombar": 0, "socket": socket(v.Socket),
+			"x-msg-timeout": messageTimeout.Milliseconds(),
 		})
 	}
 	return out, err
 }
+
+// messageTimeout is how long QEMU waits for an answer of the device process. Its
+// own 5 s are too short for the first: the kernel locks all of the guest's RAM
+// before it is given to a real VF, at a second for some GiB, as it does for a VF
+// that QEMU has itself. A device process that ends is noticed at once.
+const messageTimeout = 2 * time.Minute
 
 // foreign returns the arguments that are not ours.
 func foreign(args []libvirtxml.DomainQEMUCommandlineArg) []libvirtxml.DomainQEMUCommandlineArg {

@@ -103,8 +103,8 @@ func TestDefine(t *testing.T) {
 				"-blockdev", `{"driver":"qcow2","file":"compsc-nbd","node-name":"compsc-gate"}`,
 				"-chardev", "socket,id=compsc-qmp,path=/var/run/kubevirt-hooks/hook-sidecar-0/compsc/qmp.sock,server=on,wait=off",
 				"-mon", "chardev=compsc-qmp,mode=control",
-				"-device", `{"addr":"0x10","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf10","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock","type":"unix"}}`,
-				"-device", `{"addr":"0x11","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf11","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock","type":"unix"}}`,
+				"-device", `{"addr":"0x10","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf10","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock","type":"unix"},"x-msg-timeout":120000}`,
+				"-device", `{"addr":"0x11","bus":"pcie.0","driver":"vfio-user-pci","id":"compsc-vf11","rombar":0,"socket":{"path":"/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock","type":"unix"},"x-msg-timeout":120000}`,
 			}
 			if name == "rich" {
 				want = append([]string{"-fw_cfg", "name=opt/com.coreos/config,file=/var/run/libvirt/ignition-dir/default/vm/data.ign"}, want...)
