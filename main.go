@@ -140,6 +140,7 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&o.NodeName, "node-name", os.Getenv("NODE_NAME"), "this node; default: $NODE_NAME")
 	f.StringVar(&o.Namespace, "namespace", v1alpha1.SystemNamespace, "namespace of the leases")
 	f.StringVar(&o.PodsDir, "pods-dir", "/var/lib/kubelet/pods", "the kubelet's directory of pods")
+	f.StringVar(&o.PodResources, "pod-resources", "", "socket of the kubelet's pod resources API; default: the kubelet's own")
 	f.StringVar(&o.PeerListen, "peer-listen", ":9443", "where to listen for other agents")
 	f.StringVar(&o.PeerAdvertise, "peer-advertise", "", "that address as other nodes see it")
 	f.StringVar(&o.TLS.Cert, "tls-cert", "/etc/compsc/tls/tls.crt", "this node's certificate")

@@ -28,6 +28,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubelet"
 	"compsc.io/compsc/agent/kubevirt/cluster"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/api/v1alpha1"
@@ -65,6 +66,9 @@ type Options struct {
 	Namespace string
 	// PodsDir is the kubelet's directory of pods; default /var/lib/kubelet/pods.
 	PodsDir string
+	// PodResources is the socket of the kubelet's pod resources API; default
+	// kubelet.Socket. Without a kubelet there the pods' annotations decide.
+	PodResources string
 	// PeerListen is where other agents reach this one, host:port; required.
 	PeerListen string
 	// PeerAdvertise is that address as seen from other nodes; default the one
@@ -98,6 +102,9 @@ func (o *Options) complete() error {
 	}
 	if o.ProcDir == "" {
 		o.ProcDir = "/proc"
+	}
+	if o.PodResources == "" {
+		o.PodResources = kubelet.Socket
 	}
 	if o.MetricsAddress == "" {
 		o.MetricsAddress = "0" // controller-runtime's word for none
@@ -150,11 +157,13 @@ type agent struct {
 	host    Host
 	peers   *peer.Client
 	devices *devices
-	events  events.EventRecorder
-	log     *slog.Logger
-	limits  limits
-	work    *workers
-	tries   *tries
+	// podResources is the socket of the kubelet's pod resources API.
+	podResources string
+	events       events.EventRecorder
+	log          *slog.Logger
+	limits       limits
+	work         *workers
+	tries        *tries
 	// known holds the []kubevirt.Interface of pods, by UID.
 	known sync.Map
 	// hooked says that KubeVirt's node hooks are served.

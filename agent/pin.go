@@ -14,6 +14,7 @@ import (
 	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubelet"
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 )
@@ -133,12 +134,32 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 		if attached {
 			continue
 		}
+		if err := a.checkGiven(ctx, pod, p.ref.VF); err != nil {
+			return nil, fmt.Errorf("interface %s: %w", p.iface, err)
+		}
 		if err := a.attach(ctx, d, vfs[p.ref.VF], p, role); err != nil {
 			return nil, fmt.Errorf("interface %s of pod %s/%s: %w", p.iface, pod.Namespace, pod.Name, err)
 		}
 		a.log.Info("VF attached", "vf", p.ref.VF, "interface", p.iface, "pod", pod.Namespace+"/"+pod.Name, "role", role, "epoch", p.ref.Epoch)
 	}
 	return out, nil
+}
+
+// checkGiven asks the kubelet whether it gave the VF to the pod: what the pod's
+// annotations say comes from the network plugin.
+func (a *agent) checkGiven(ctx context.Context, pod *corev1.Pod, vf string) error {
+	given, err := kubelet.VFs(ctx, a.podResources)
+	if errors.Is(err, kubelet.ErrUnknown) {
+		return nil
+	}
+	if err != nil {
+		return wait(a.limits.pause*4, "%w", err)
+	}
+	resource, err := kubelet.Check(given, pod.Namespace, pod.Name, vf)
+	if err == nil && resource != "" {
+		a.log.Debug("the kubelet gave the VF to the pod", "vf", vf, "pod", pod.Namespace+"/"+pod.Name, "resource", resource)
+	}
+	return err
 }
 
 // isAttached tells whether the device process has this VF at this epoch.

@@ -60,7 +60,7 @@ func Run(ctx context.Context, o Options) error {
 	a := &agent{
 		node: o.NodeName, namespace: o.Namespace, version: o.Version, advertise: advertise,
 		client: mgr.GetClient(), live: mgr.GetAPIReader(), host: o.Host,
-		peers: peer.NewClient(creds), devices: newDevices(o.PodsDir),
+		peers: peer.NewClient(creds), devices: newDevices(o.PodsDir), podResources: o.PodResources,
 		events: mgr.GetEventRecorder("compsc-agent"), log: o.Log, limits: defaultLimits,
 		work: newWorkers(o.Log), tries: newTries(),
 		hooked: o.HookSocket != "", found: found{qemus: launcher.New(o.ProcDir)},

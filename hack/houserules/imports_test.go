@@ -33,11 +33,12 @@ type rule struct {
 var rules = []rule{
 	{"", []string{"api/...", "controllers", "agent/..."}}, // main
 	{"controllers", []string{"api/...", "agent/kubevirt/..."}},
-	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubevirt/...", "agent/peer/..."}},
+	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/..."}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
 	{"agent/kubevirt/domain", nil},
 	{"agent/kubevirt/nodehook/hookpb", nil},
+	{"agent/kubelet/...", nil},
 	{"agent/kubevirt/...", []string{"api/...", "agent/kubevirt/..."}},
 	{"agent/device/controlpb", nil},
 	{"agent/device/handoff", nil},
