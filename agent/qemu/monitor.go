@@ -51,7 +51,9 @@ const (
 // Dial connects to the monitor socket at path, waiting for QEMU to create it,
 // and calls onEvent for each event, in order, from one goroutine; after the
 // last one, when the connection has ended, it calls onClose. Dial is bounded
-// by ctx, and by 10 s for the handshake.
+// by ctx alone: QEMU makes its monitors before its devices, and greets only
+// when all of them are there, which takes as long as the kernel needs to pin
+// the guest's memory.
 func Dial(ctx context.Context, path string, onEvent func(Event), onClose func()) (*Monitor, error) {
 	var sm *qmp.SocketMonitor
 	for {
@@ -66,9 +68,7 @@ func Dial(ctx context.Context, path string, onEvent func(Event), onClose func())
 		}
 	}
 	m := &Monitor{mon: sm, closed: make(chan struct{})}
-	hctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
-	if err := m.bounded(hctx, sm.Connect); err != nil {
+	if err := m.bounded(ctx, sm.Connect); err != nil {
 		return nil, fmt.Errorf("QMP monitor %s: handshake: %w", path, err)
 	}
 	events, err := sm.Events(ctx)
