@@ -70,7 +70,7 @@ fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for F
 	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz
 
 .PHONY: e2e-sriov
-e2e-sriov: qemu-tree sriov-node ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root).
+e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root).
 	@hack/test sriov $(TESTFLAGS)
 
 .PHONY: test

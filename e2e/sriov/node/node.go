@@ -24,6 +24,10 @@ import (
 // another.
 const PFs = 2
 
+// WireMAC is the address of the node's own port to the wire of its cards, an
+// interface that is no card.
+const WireMAC = "52:54:00:c5:01:00"
+
 // Config describes a node and its job.
 type Config struct {
 	// QEMU is a root directory with QEMU; the node finds it at job.TreeDir.
@@ -34,20 +38,20 @@ type Config struct {
 	Memory int
 	// KVM gives the node's processors what KVM needs.
 	KVM bool
-	// Uplinks are the -netdev options, without their id, of the wires of the
-	// node's cards. Without, all are on one wire that leads nowhere else.
-	Uplinks []string
 	// Files are put into job.Dir: paths by name.
 	Files map[string]string
 	// Job is the program to run.
 	Job job.Job
 	// Output gets what it prints, as it comes.
 	Output io.Writer
+	// Console is a file for the messages of the node's kernel, empty for none.
+	Console string
 }
 
 // Node is a running node.
 type Node struct {
 	dir    string
+	keep   string // where the console goes
 	qemu   *exec.Cmd
 	errs   strings.Builder
 	copied chan error // gets one value when all output was copied
@@ -60,7 +64,7 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{dir: dir, copied: make(chan error, 1)}
+	n := &Node{dir: dir, keep: c.Console, copied: make(chan error, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, os.RemoveAll(dir))
@@ -123,7 +127,7 @@ func place(from, to string) error {
 	if err != nil {
 		return err
 	}
-	target, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, info.Mode().Perm())
+	target, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, info.Mode().Perm())
 	if err != nil {
 		return err
 	}
@@ -143,7 +147,9 @@ func (c Config) arguments(dir string) []string {
 		"-accel", "tcg,thread=multi",
 		"-device", "intel-iommu,intremap=on,caching-mode=off",
 		"-kernel", dir + "/vmlinuz", "-initrd", dir + "/initrd",
-		"-append", "console=ttyS0 panic=-1 nokaslr mitigations=off intel_iommu=on log_buf_len=4M",
+		"-append", "console=ttyS0 panic=-1 nokaslr mitigations=off intel_iommu=on log_buf_len=4M " +
+			// What costs time and tests nothing here.
+			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1",
 		"-serial", "file:" + dir + "/console",
 		"-device", "virtio-serial-pci",
 		"-add-fd", "fd=3,set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on", "-device", "virtserialport,chardev=output,name=" + job.OutputPort,
@@ -151,14 +157,11 @@ func (c Config) arguments(dir string) []string {
 		"-virtfs", "local,id=job,path=" + dir + "/job,mount_tag=" + job.DirTag + ",security_model=none,readonly=on",
 		"-virtfs", "local,id=tree,path=/,mount_tag=" + job.TreeTag + ",security_model=none,readonly=on",
 	}
+	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMAC)
 	for i := range PFs {
-		uplink := "hubport,hubid=0"
-		if i < len(c.Uplinks) {
-			uplink = c.Uplinks[i]
-		}
 		args = append(args,
 			"-device", fmt.Sprintf("pcie-root-port,id=port%d,chassis=%d,slot=%d,bus=pcie.0", i, i+1, i+1),
-			"-netdev", fmt.Sprintf("%s,id=uplink%d", uplink, i),
+			"-netdev", fmt.Sprintf("hubport,hubid=0,id=uplink%d", i),
 			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:00:%02x,romfile=", i, i, i+1))
 	}
 	return args
@@ -169,6 +172,9 @@ func (c Config) arguments(dir string) []string {
 func (n *Node) Wait() (job.Status, error) {
 	end := errors.Join(n.qemu.Wait(), <-n.copied)
 	s, err := n.status()
+	if n.keep != "" {
+		err = errors.Join(err, place(filepath.Join(n.dir, "console"), n.keep))
+	}
 	if err != nil {
 		console, _ := os.ReadFile(filepath.Join(n.dir, "console"))
 		err = fmt.Errorf("the node ended (%v) without a status: %w\n%s\nend of its console:\n%s",

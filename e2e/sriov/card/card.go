@@ -1,0 +1,155 @@
+// Package card works on the SR-IOV cards of a node by the kernel's own
+// interfaces alone, so that a test does not depend on what it tests.
+package card
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	devices = "/sys/bus/pci/devices"
+	probe   = "/sys/bus/pci/drivers_probe"
+)
+
+// PF is a card: a physical function with its network interface.
+type PF struct {
+	// Name is the network interface's name, Address the PCI address.
+	Name, Address string
+}
+
+// List returns the node's cards in the order of their PCI addresses.
+func List() ([]PF, error) {
+	paths, err := filepath.Glob("/sys/class/net/*/device/sriov_totalvfs")
+	if err != nil {
+		return nil, err
+	}
+	var cards []PF
+	for _, path := range paths {
+		device := filepath.Dir(path)
+		address, err := filepath.EvalSymlinks(device)
+		if err != nil {
+			return nil, err
+		}
+		cards = append(cards, PF{Name: filepath.Base(filepath.Dir(device)), Address: filepath.Base(address)})
+	}
+	slices.SortFunc(cards, func(a, b PF) int {
+		if a.Address < b.Address {
+			return -1
+		}
+		return 1
+	})
+	return cards, nil
+}
+
+// Link is the card's network interface.
+func (p PF) Link() (netlink.Link, error) { return netlink.LinkByName(p.Name) }
+
+// Up sets the network interface up, without which the driver serves no VF.
+func (p PF) Up() error {
+	link, err := p.Link()
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(link)
+}
+
+// MakeVFs makes n VFs, which no driver touches. There must be none.
+func (p PF) MakeVFs(n int) ([]VF, error) {
+	device := filepath.Join(devices, p.Address)
+	for _, set := range []struct {
+		file  string
+		value int
+	}{{"sriov_drivers_autoprobe", 0}, {"sriov_numvfs", n}} {
+		if err := os.WriteFile(filepath.Join(device, set.file), []byte(strconv.Itoa(set.value)), 0); err != nil {
+			return nil, fmt.Errorf("card %s: %w", p.Name, err)
+		}
+	}
+	var vfs []VF
+	for i := range n {
+		to, err := os.Readlink(filepath.Join(device, fmt.Sprintf("virtfn%d", i)))
+		if err != nil {
+			return nil, fmt.Errorf("card %s: %w", p.Name, err)
+		}
+		vfs = append(vfs, VF{PF: p, Number: i, Address: filepath.Base(to)})
+	}
+	return vfs, nil
+}
+
+// RemoveVFs removes all VFs.
+func (p PF) RemoveVFs() error {
+	return os.WriteFile(filepath.Join(devices, p.Address, "sriov_numvfs"), []byte("0"), 0)
+}
+
+// VF is one virtual function.
+type VF struct {
+	PF PF
+	// Number is its number on the card.
+	Number int
+	// Address is its PCI address.
+	Address string
+}
+
+// Driver is the driver that it is bound to, empty for none.
+func (v VF) Driver() (string, error) {
+	to, err := os.Readlink(filepath.Join(devices, v.Address, "driver"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return filepath.Base(to), err
+}
+
+// Group is the number of its IOMMU group.
+func (v VF) Group() (int, error) {
+	to, err := os.Readlink(filepath.Join(devices, v.Address, "iommu_group"))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(filepath.Base(to))
+}
+
+// Bind binds the VF, which has no driver, to vfio-pci.
+func (v VF) Bind() error {
+	const driver = "vfio-pci"
+	if err := os.WriteFile(filepath.Join(devices, v.Address, "driver_override"), []byte(driver), 0); err != nil {
+		return err
+	}
+	if err := os.WriteFile(probe, []byte(v.Address), 0); err != nil {
+		return err
+	}
+	got, err := v.Driver()
+	if err == nil && got != driver {
+		err = fmt.Errorf("VF %s has driver %q after it was given %s", v.Address, got, driver)
+	}
+	return err
+}
+
+// frameType is an Ethernet type for local experiments (IEEE 802).
+const frameType = 0x88b5
+
+// Listen opens a socket that sends and receives whole frames of the tests'
+// Ethernet type on the card's own network interface. It does not block: a
+// receiver finds EAGAIN. The caller closes it.
+func (p PF) Listen() (fd int, err error) {
+	link, err := p.Link()
+	if err != nil {
+		return 0, err
+	}
+	const inNetworkOrder = frameType>>8 | frameType&0xff<<8
+	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, inNetworkOrder)
+	if err != nil {
+		return 0, fmt.Errorf("packet socket: %w", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: inNetworkOrder, Ifindex: link.Attrs().Index}); err != nil {
+		return 0, errors.Join(fmt.Errorf("packet socket on %s: %w", p.Name, err), unix.Close(fd))
+	}
+	return fd, nil
+}
