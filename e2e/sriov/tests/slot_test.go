@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/agent/compsc"
+	"compsc.io/compsc/agent/family"
 	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/vfio"
 	"compsc.io/compsc/e2e/sriov/card"
@@ -73,6 +74,12 @@ type slot struct {
 // plug takes a VF into use that reaches the guest's memory.
 func plug(t *testing.T, vf card.VF, mem ram) *slot {
 	t.Helper()
+	return plugAs(t, vf, mem, igbvf.New())
+}
+
+// plugAs does so with the engine of a family.
+func plugAs(t *testing.T, vf card.VF, mem ram, f family.Family) *slot {
+	t.Helper()
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -92,7 +99,7 @@ func plug(t *testing.T, vf card.VF, mem ram) *slot {
 	must(device.Map(base, mem, true, true))
 	scratch, err := device.NewScratch(4 * 68 << 10)
 	must(err)
-	s := &slot{device: device, VF: compsc.New(igbvf.New(), device, compsc.Options{
+	s := &slot{device: device, VF: compsc.New(f, device, compsc.Options{
 		VendorID: igbvf.VendorID, DeviceID: igbvf.DeviceID, Memory: mem, Scratch: scratch,
 		// The PF's driver runs on an emulated processor.
 		QueueTimeout: slow, MailboxTimeout: slow, ResetTimeout: slow})}
