@@ -54,7 +54,7 @@ func TestDeviceConnections(t *testing.T) {
 
 // TestLinksAreNotFollowed: a pod cannot lead the agent to another socket.
 func TestLinksAreNotFollowed(t *testing.T) {
-	elsewhere := filepath.Join(t.TempDir(), "s")
+	elsewhere := filepath.Join(t.TempDir(), controlSocket)
 	l, err := net.Listen("unix", elsewhere)
 	if err != nil {
 		t.Fatal(err)
@@ -71,10 +71,21 @@ func TestLinksAreNotFollowed(t *testing.T) {
 			if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 				return err
 			}
-			if err := os.Symlink(elsewhere, filepath.Join(filepath.Dir(elsewhere), controlSocket)); err != nil {
+			return os.Symlink(filepath.Dir(elsewhere), dir)
+		},
+		"sidecar's directory": func(dir string) error {
+			volume := filepath.Dir(filepath.Dir(dir))
+			if err := os.MkdirAll(volume, 0o755); err != nil {
 				return err
 			}
-			return os.Symlink(filepath.Dir(elsewhere), dir)
+			to := filepath.Join(filepath.Dir(elsewhere), filepath.Base(dir))
+			if err := os.Mkdir(to, 0o755); err != nil {
+				return err
+			}
+			if err := os.Link(elsewhere, filepath.Join(to, controlSocket)); err != nil {
+				return err
+			}
+			return os.Symlink(filepath.Dir(elsewhere), filepath.Dir(dir))
 		},
 		"file": func(dir string) error {
 			if err := os.MkdirAll(dir, 0o755); err != nil {
