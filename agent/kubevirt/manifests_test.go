@@ -1,13 +1,14 @@
 package kubevirt
 
 import (
-	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	virtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -18,7 +19,12 @@ func decode(t *testing.T, path string, into any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := yaml.UnmarshalStrict(b, into); err != nil {
+	if b, err = yaml.YAMLToJSONStrict(b); err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	// As the API server reads it, in which names are case-sensitive.
+	strict, err := json.UnmarshalStrict(b, into)
+	if err = errors.Join(append(strict, err)...); err != nil {
 		t.Fatalf("%s: %v", path, err)
 	}
 }
@@ -44,10 +50,10 @@ func TestSamples(t *testing.T) {
 	nad := &nadv1.NetworkAttachmentDefinition{}
 	decode(t, "samples/kubevirt/network-attachment-definition.yaml", nad)
 	var cni struct {
-		Type       string
-		CNIVersion string
+		Type       string `json:"type"`
+		CNIVersion string `json:"cniVersion"`
 	}
-	if err := json.Unmarshal([]byte(nad.Spec.Config), &cni); err != nil || cni.Type != "sriov" || cni.CNIVersion == "" {
+	if err := json.UnmarshalCaseSensitivePreserveInts([]byte(nad.Spec.Config), &cni); err != nil || cni.Type != "sriov" || cni.CNIVersion == "" {
 		t.Errorf("CNI configuration %s: %v", nad.Spec.Config, err)
 	}
 	if nad.Annotations["k8s.v1.cni.cncf.io/resourceName"] == "" {
