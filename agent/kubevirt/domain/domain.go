@@ -60,36 +60,29 @@ func Define(doc []byte, c Config) ([]byte, error) {
 	if err := c.validate(); err != nil {
 		return nil, err
 	}
-	d := &libvirtxml.Domain{}
-	if err := d.Unmarshal(string(doc)); err != nil {
-		return nil, fmt.Errorf("domain XML: %w", err)
-	}
 	l, err := scan(doc)
 	if err != nil {
 		return nil, fmt.Errorf("domain XML: %w", err)
 	}
-	if err := possible(d, l); err != nil {
+	if err := l.possible(); err != nil {
 		return nil, err
 	}
 	if err := l.conflicts(c.VFs); err != nil {
 		return nil, err
 	}
-	if err := shareMemory(d, l); err != nil {
+	if err := l.shareMemory(); err != nil {
 		return nil, err
 	}
 	args, err := c.args()
 	if err != nil {
 		return nil, err
 	}
-	if d.QEMUCommandline == nil {
-		d.QEMUCommandline = &libvirtxml.DomainQEMUCommandline{}
-	}
-	own := d.QEMUCommandline
+	own := l.qemuCommandline
 	own.Args = foreign(own.Args)
 	for _, a := range args {
 		own.Args = append(own.Args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
 	}
-	memory, err := element(d.MemoryBacking, "memoryBacking")
+	memory, err := element(l.memoryBacking, "memoryBacking")
 	if err != nil {
 		return nil, err
 	}
@@ -124,21 +117,16 @@ func (c Config) validate() error {
 }
 
 // possible refuses what no VF can be given to.
-func possible(d *libvirtxml.Domain, l *layout) error {
-	if d.Type != "kvm" && d.Type != "qemu" {
-		return fmt.Errorf("domain type %q: QEMU is needed", d.Type)
+func (l *layout) possible() error {
+	if l.kind != "kvm" && l.kind != "qemu" {
+		return fmt.Errorf("domain type %q: QEMU is needed", l.kind)
 	}
 	// While it prepares a migration's target, virt-launcher shows a domain that
 	// tells no architecture (prepareMigrationTarget in KubeVirt 1.8).
-	if d.OS == nil || d.OS.Type == nil || (d.OS.Type.Arch != "x86_64" && d.OS.Type.Arch != "") ||
-		(d.OS.Type.Machine != "q35" && !strings.HasPrefix(d.OS.Type.Machine, "pc-q35-")) {
-		arch, machine := "", ""
-		if d.OS != nil && d.OS.Type != nil {
-			arch, machine = d.OS.Type.Arch, d.OS.Type.Machine
-		}
-		return fmt.Errorf("machine %q of architecture %q: set spec.domain.machine.type to q35, on x86_64", machine, arch)
+	if (l.arch != "x86_64" && l.arch != "") || (l.machine != "q35" && !strings.HasPrefix(l.machine, "pc-q35-")) {
+		return fmt.Errorf("machine %q of architecture %q: set spec.domain.machine.type to q35, on x86_64", l.machine, l.arch)
 	}
-	if d.LaunchSecurity != nil {
+	if l.encrypted {
 		return errors.New("launchSecurity: a VF cannot reach encrypted memory; remove spec.domain.launchSecurity from the VMI")
 	}
 	if l.iommu {
@@ -148,12 +136,9 @@ func possible(d *libvirtxml.Domain, l *layout) error {
 }
 
 // shareMemory asks for guest RAM that another process can map.
-func shareMemory(d *libvirtxml.Domain, l *layout) error {
+func (l *layout) shareMemory() error {
 	const why = "a VF needs guest memory that is shared, in a memfd"
-	if d.MemoryBacking == nil {
-		d.MemoryBacking = &libvirtxml.DomainMemoryBacking{}
-	}
-	m := d.MemoryBacking
+	m := l.memoryBacking
 	if m.MemoryHugePages != nil && m.MemorySource == nil {
 		return errors.New("memoryBacking: huge pages without a memfd: " + why +
 			"; remove the annotation kubevirt.io/memfd: \"false\" from the VMI")

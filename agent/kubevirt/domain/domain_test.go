@@ -186,6 +186,11 @@ func TestRefusals(t *testing.T) {
 	if _, err := Define(in, config); err != nil {
 		t.Errorf("a host device: %v", err)
 	}
+	// Other buses have slots of their own.
+	in = bytes.Replace(read(t, "root-complex"), []byte(`bus="0x00" slot="0x05"`), []byte(`bus="0x01" slot="0x10"`), 1)
+	if _, err := Define(in, config); err != nil {
+		t.Errorf("a device on bus 1: %v", err)
+	}
 }
 
 // TestOtherArgumentsStay: only arguments of our own are replaced.

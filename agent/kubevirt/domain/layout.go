@@ -8,6 +8,8 @@ import (
 	"io"
 	"slices"
 	"strconv"
+
+	"libvirt.org/go/libvirtxml"
 )
 
 const qemuNamespace = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -15,25 +17,30 @@ const qemuNamespace = "http://libvirt.org/schemas/domain/qemu/1.0"
 // span is where an element is in a document.
 type span struct{ start, end int64 }
 
-// layout is what a domain's XML has, and where, that libvirtxml does not tell.
+// layout is what a domain's XML says that matters here. The whole of libvirtxml's
+// Domain is not used: what it takes to decode that stays in memory, about as much
+// as the whole device process needs.
 type layout struct {
-	// memory and commandline are where the elements are that change, empty at
-	// the document's end if it has none.
+	// memoryBacking and qemuCommandline are the elements that change, memory and
+	// commandline where they are; empty, at the document's end, if it has none.
+	memoryBacking       *libvirtxml.DomainMemoryBacking
+	qemuCommandline     *libvirtxml.DomainQEMUCommandline
 	memory, commandline span
+	// kind is the domain's type, arch and machine those of its guest.
+	kind, arch, machine string
 	// users are the guest's devices by their device number on PCI bus 0.
 	users map[uint64]string
-	// iommu tells whether the guest has one.
-	iommu bool
+	// iommu tells whether the guest has one, encrypted whether its memory is.
+	iommu, encrypted bool
 	// private names a part of the guest's memory that is not shared.
 	private string
 }
 
 // scan reads the document.
 func scan(doc []byte) (*layout, error) {
-	l := &layout{users: map[uint64]string{}}
+	l := &layout{users: map[uint64]string{}, memoryBacking: &libvirtxml.DomainMemoryBacking{}, qemuCommandline: &libvirtxml.DomainQEMUCommandline{}}
 	dec := xml.NewDecoder(bytes.NewReader(doc))
 	var path []string
-	var open span // the element at depth 2
 	for {
 		at := dec.InputOffset()
 		t, err := dec.Token()
@@ -45,17 +52,31 @@ func scan(doc []byte) (*layout, error) {
 		}
 		switch e := t.(type) {
 		case xml.StartElement:
-			path = append(path, e.Name.Local)
-			if len(path) == 2 {
-				open.start = at
+			var own any
+			var where *span
+			switch {
+			case len(path) != 1:
+			case e.Name.Local == "memoryBacking" && e.Name.Space == "":
+				own, where = l.memoryBacking, &l.memory
+			case e.Name.Local == "commandline" && e.Name.Space == qemuNamespace:
+				own, where = l.qemuCommandline, &l.commandline
 			}
+			if own != nil {
+				if *where != (span{}) {
+					return nil, fmt.Errorf("two elements %s", e.Name.Local)
+				}
+				if err := dec.DecodeElement(own, &e); err != nil {
+					return nil, err
+				}
+				*where = span{at, dec.InputOffset()}
+				continue
+			}
+			path = append(path, e.Name.Local)
 			if err := l.element(path, e.Attr); err != nil {
 				return nil, err
 			}
 		case xml.EndElement:
-			open.end = dec.InputOffset()
-			switch {
-			case len(path) == 1:
+			if len(path) == 1 {
 				end := span{at, at}
 				if l.memory == (span{}) {
 					l.memory = end
@@ -63,17 +84,6 @@ func scan(doc []byte) (*layout, error) {
 				if l.commandline == (span{}) {
 					l.commandline = end
 				}
-			case len(path) != 2:
-			case e.Name.Local == "memoryBacking" && e.Name.Space == "":
-				if l.memory != (span{}) {
-					return nil, errors.New("two elements memoryBacking")
-				}
-				l.memory = open
-			case e.Name.Local == "commandline" && e.Name.Space == qemuNamespace:
-				if l.commandline != (span{}) {
-					return nil, errors.New("two elements qemu:commandline")
-				}
-				l.commandline = open
 			}
 			path = path[:len(path)-1]
 		}
@@ -97,6 +107,12 @@ func (l *layout) element(path []string, attrs []xml.Attr) error {
 	switch {
 	case len(path) == 1 && path[0] != "domain":
 		return fmt.Errorf("element %s, want domain", path[0])
+	case len(path) == 1:
+		l.kind = get("type")
+	case slices.Equal(path, []string{"domain", "os", "type"}):
+		l.arch, l.machine = get("arch"), get("machine")
+	case slices.Equal(path, []string{"domain", "launchSecurity"}):
+		l.encrypted = true
 	case slices.Equal(path, []string{"domain", "devices", "iommu"}):
 		l.iommu = true
 	case slices.Equal(path, []string{"domain", "cpu", "numa", "cell"}) && get("memAccess") == "private":

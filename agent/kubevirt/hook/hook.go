@@ -19,6 +19,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -153,10 +154,12 @@ func (s *Server) OnDefineDomain(ctx context.Context, r *callbackspb.OnDefineDoma
 }
 
 func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error) {
-	vmi := &virtv1.VirtualMachineInstance{}
-	if err := json.Unmarshal(vmiJSON, vmi); err != nil {
+	vmi, err := readVMI(vmiJSON)
+	if err != nil {
 		return nil, fmt.Errorf("the VMI that virt-launcher sent: %w", err)
 	}
+	// What it took is not needed again.
+	defer debug.FreeOSMemory()
 	slots, err := kubevirt.Slots(vmi)
 	if err != nil {
 		return nil, err
@@ -185,6 +188,26 @@ func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error
 	}
 	s.o.Log.Info("domain defined", "vmi", vmi.Namespace+"/"+vmi.Name, "interfaces", len(have))
 	return out, nil
+}
+
+// readVMI reads what of a VMI matters here; the rest would only take memory, in
+// a process that there is one of for each VM.
+func readVMI(b []byte) (*virtv1.VirtualMachineInstance, error) {
+	var in struct {
+		Metadata struct{ Name, Namespace string }
+		Spec     struct {
+			Domain struct {
+				Devices struct{ Interfaces []virtv1.Interface }
+			}
+		}
+	}
+	if err := json.Unmarshal(b, &in); err != nil {
+		return nil, err
+	}
+	vmi := &virtv1.VirtualMachineInstance{}
+	vmi.Name, vmi.Namespace = in.Metadata.Name, in.Metadata.Namespace
+	vmi.Spec.Domain.Devices.Interfaces = in.Spec.Domain.Devices.Interfaces
+	return vmi, nil
 }
 
 func (s *Server) config(slots map[string]int) domain.Config {
