@@ -17,9 +17,8 @@ import (
 )
 
 const (
-	// multicasts are sent during each hop, over multicastTime.
-	multicasts    = 150
-	multicastTime = 3 * time.Second
+	// multicastInterval is how often one is sent during each hop.
+	multicastInterval = 20 * time.Millisecond
 	// broadcasts is more than the lab's ARP sends in that time. What of them a
 	// device counts as multicast is not what is looked at here.
 	broadcasts = 20
@@ -61,15 +60,16 @@ func (r *rig) move(ctx context.Context, m *v1alpha1.VFMigration) error {
 	if err != nil {
 		return err
 	}
-	sent := make(chan error, 1)
-	go func() { sent <- traffic.SendMulticast(ctx, r.h.Lab, multicasts, multicastTime) }()
-	if err := r.h.Client().Create(ctx, m); err != nil {
+	stop, err := traffic.SendMulticast(r.h.Lab, multicastInterval)
+	if err != nil {
 		return err
 	}
-	if err := r.h.AwaitEnd(ctx, m, nil); err != nil {
-		return err
+	err = r.h.Client().Create(ctx, m)
+	if err == nil {
+		err = r.h.AwaitEnd(ctx, m, nil)
 	}
-	if err := <-sent; err != nil {
+	sent, serr := stop()
+	if err := errors.Join(err, serr); err != nil {
 		return err
 	}
 	if !meta.IsStatusConditionTrue(m.Status.Conditions, v1alpha1.ConditionSucceeded) {
@@ -79,7 +79,7 @@ func (r *rig) move(ctx context.Context, m *v1alpha1.VFMigration) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(checkCounters(before, after), checkMulticast(before, after))
+	return errors.Join(checkCounters(before, after), checkMulticast(before, after, uint64(sent)))
 }
 
 // checkCounters fails if a counter of `ethtool -S` went backwards, or jumped.
@@ -99,11 +99,11 @@ func checkCounters(before, after harness.Health) error {
 // checkMulticast compares the driver's count of multicast packets, which
 // comes from the device, with what was sent and with what arrived: each one
 // that the guest got was counted, once, on either device.
-func checkMulticast(before, after harness.Health) error {
+func checkMulticast(before, after harness.Health, sent uint64) error {
 	counted := after.Stats.Driver["multicast"] - before.Stats.Driver["multicast"]
 	got := after.Stats.Multicast - before.Stats.Multicast
-	if got == 0 || got > counted || counted > multicasts+broadcasts {
-		return fmt.Errorf("%d multicast packets were sent, the driver counts %d, %d arrived", multicasts, counted, got)
+	if got == 0 || got > counted || counted > sent+broadcasts {
+		return fmt.Errorf("%d multicast packets were sent, the driver counts %d, %d arrived", sent, counted, got)
 	}
 	return nil
 }

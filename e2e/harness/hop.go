@@ -25,9 +25,8 @@ const (
 	// multicastSlack is the same for multicast, of which nobody keeps the
 	// times at which it was sent.
 	multicastSlack = 150 * time.Millisecond
-	// multicasts are sent during each hop, over multicastTime.
-	multicasts    = 150
-	multicastTime = 3 * time.Second
+	// multicastInterval is how often one is sent during each hop.
+	multicastInterval = 20 * time.Millisecond
 	// maxJump is more than any counter of packets grows in one hop.
 	maxJump = 1 << 24
 )
@@ -119,19 +118,20 @@ func (vm *VM) Hop(ctx context.Context, m *v1alpha1.VFMigration, create func(cont
 	}
 	mark, bytes := vm.Pinger.Mark(), vm.Stream.Stats()
 
-	sent := make(chan error, 1)
-	go func() { sent <- traffic.SendMulticast(ctx, vm.h.Lab, multicasts, multicastTime) }()
-	if err := create(ctx, m); err != nil {
+	stop, err := traffic.SendMulticast(vm.h.Lab, multicastInterval)
+	if err != nil {
 		return nil, err
 	}
-	if err := vm.h.AwaitEnd(ctx, m, seen); err != nil {
+	err = create(ctx, m)
+	if err == nil {
+		err = vm.h.AwaitEnd(ctx, m, seen)
+	}
+	sent, serr := stop()
+	if err := errors.Join(err, serr); err != nil {
 		return nil, err
 	}
 	if !meta.IsStatusConditionTrue(m.Status.Conditions, v1alpha1.ConditionSucceeded) {
 		return nil, fmt.Errorf("VFMigration %s failed: %s", m.Name, Describe(m))
-	}
-	if err := <-sent; err != nil {
-		return nil, err
 	}
 	var errs []error
 	after, err := vm.CheckUndisturbed(ctx)
@@ -176,7 +176,7 @@ func (vm *VM) Hop(ctx context.Context, m *v1alpha1.VFMigration, create func(cont
 		hop.Steps = append(hop.Steps, Step{Name: s.Name, Ms: ms(s.Took.Duration)})
 	}
 	return hop, errors.Join(append(errs,
-		checkPings(pings, timing), checkCounters(before, after), checkMulticast(before, after, timing))...)
+		checkPings(pings, timing), checkCounters(before, after), checkMulticast(before, after, uint64(sent), timing))...)
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -214,16 +214,16 @@ func checkCounters(before, after Health) error {
 // checkMulticast compares the driver's count of multicast packets, which
 // comes from the device, with what was sent and with what arrived: every one
 // that the guest got must have been counted, once, on either device.
-func checkMulticast(before, after Health, t standin.Timing) error {
+func checkMulticast(before, after Health, sent uint64, t standin.Timing) error {
 	counted := after.Stats.Driver["multicast"] - before.Stats.Driver["multicast"]
 	got := after.Stats.Multicast - before.Stats.Multicast
 	stop := t.Resumed.Sub(t.Stopped) + 2*multicastSlack
-	fall := uint64(stop/(multicastTime/multicasts)) + 1
-	if counted > multicasts || counted+fall < multicasts {
-		return fmt.Errorf("%d multicast packets were sent, the driver counts %d; at most %d can have fallen into the stop", multicasts, counted, fall)
+	fall := uint64(stop/multicastInterval) + 1
+	if counted > sent || counted+fall < sent {
+		return fmt.Errorf("%d multicast packets were sent, the driver counts %d; at most %d can have fallen into the stop", sent, counted, fall)
 	}
-	if got > counted || got+fall < multicasts {
-		return fmt.Errorf("%d multicast packets were sent, the driver counts %d, %d arrived", multicasts, counted, got)
+	if got > counted || got+fall < sent {
+		return fmt.Errorf("%d multicast packets were sent, the driver counts %d, %d arrived", sent, counted, got)
 	}
 	return nil
 }

@@ -130,7 +130,7 @@ func New(ctx context.Context, nodes ...string) (_ *Lab, err error) {
 			return nil, fmt.Errorf("node %s: %w", name, err)
 		}
 	}
-	return l, nil
+	return l, l.introduceNodes()
 }
 
 // Address returns the host-th address of the lab's network.

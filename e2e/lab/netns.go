@@ -96,8 +96,7 @@ func (n *NS) newBridge(a netip.Prefix) error {
 		// Without an address of its own a bridge takes the lowest of its
 		// ports', which changes when a VF's tap joins or leaves, and everybody
 		// who knew the old one loses it for a while.
-		ip := a.Addr().As4()
-		attrs.HardwareAddr = net.HardwareAddr{0x02, 0xc5, ip[0], ip[1], ip[2], ip[3]}
+		attrs.HardwareAddr = bridgeMAC(a.Addr())
 		// Snooping would ask the guests for their groups, and forget them
 		// for a while when a guest moves.
 		off := false
@@ -110,6 +109,39 @@ func (n *NS) newBridge(a netip.Prefix) error {
 		}
 		return netlink.LinkSetUp(br)
 	})
+}
+
+// bridgeMAC is the address of the bridge that has the IP address.
+func bridgeMAC(a netip.Addr) net.HardwareAddr {
+	ip := a.As4()
+	return net.HardwareAddr{0x02, 0xc5, ip[0], ip[1], ip[2], ip[3]}
+}
+
+// introduceNodes tells the nodes each other's addresses: they need not ask for
+// them by broadcast, which guests would get, and count, too.
+func (l *Lab) introduceNodes() error {
+	for _, n := range l.Nodes {
+		if err := n.NS.Do(func() error {
+			br, err := netlink.LinkByName(NodeBridge)
+			if err != nil {
+				return err
+			}
+			for _, other := range l.Nodes {
+				if other == n {
+					continue
+				}
+				if err := netlink.NeighSet(&netlink.Neigh{
+					LinkIndex: br.Attrs().Index, State: netlink.NUD_PERMANENT, IP: other.IP.AsSlice(), HardwareAddr: bridgeMAC(other.IP),
+				}); err != nil {
+					return fmt.Errorf("node %s: neighbour %s: %w", n.Name, other.Name, err)
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func addAddress(link netlink.Link, a netip.Prefix) error {

@@ -54,9 +54,10 @@ func AwaitProgress(ctx context.Context, s *stream.Stream, n uint64) error {
 	}
 }
 
-// SendMulticast sends n datagrams to the group that guests listen to, spread
-// over d, and returns when the last one is sent.
-func SendMulticast(ctx context.Context, l *lab.Lab, n int, d time.Duration) error {
+// SendMulticast sends datagrams to the group that guests listen to, one each
+// interval, until stop is called, which must be once and tells how many were
+// sent.
+func SendMulticast(l *lab.Lab, interval time.Duration) (stop func() (int, error), err error) {
 	var conn net.PacketConn
 	var hub *net.Interface
 	if err := l.Hub.Do(func() (err error) {
@@ -66,25 +67,39 @@ func SendMulticast(ctx context.Context, l *lab.Lab, n int, d time.Duration) erro
 		conn, err = net.ListenPacket("udp4", net.JoinHostPort(l.HubIP().String(), "0"))
 		return err
 	}); err != nil {
-		return fmt.Errorf("multicast: %w", err)
+		return nil, fmt.Errorf("multicast: %w", err)
 	}
-	defer conn.Close()
 	p := ipv4.NewPacketConn(conn)
 	if err := p.SetMulticastInterface(hub); err != nil {
-		return fmt.Errorf("multicast: %w", err)
+		conn.Close()
+		return nil, fmt.Errorf("multicast: %w", err)
 	}
 	to := &net.UDPAddr{IP: net.ParseIP(proto.MulticastGroup), Port: proto.MulticastPort}
-	t := time.NewTicker(max(d/time.Duration(n), time.Microsecond))
-	defer t.Stop()
-	for i := range n {
-		if _, err := conn.WriteTo(fmt.Appendf(nil, "%d", i), to); err != nil {
-			return fmt.Errorf("multicast: %w", err)
-		}
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	type result struct {
+		n   int
+		err error
 	}
-	return nil
+	ended, end := make(chan result, 1), make(chan struct{})
+	go func() {
+		defer conn.Close()
+		t := time.NewTicker(interval)
+		defer t.Stop()
+		for i := 0; ; i++ {
+			if _, err := conn.WriteTo(fmt.Appendf(nil, "%d", i), to); err != nil {
+				ended <- result{i, fmt.Errorf("multicast: %w", err)}
+				return
+			}
+			select {
+			case <-t.C:
+			case <-end:
+				ended <- result{i + 1, nil}
+				return
+			}
+		}
+	}()
+	return func() (int, error) {
+		close(end)
+		r := <-ended
+		return r.n, r.err
+	}, nil
 }
