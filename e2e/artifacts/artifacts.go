@@ -21,7 +21,7 @@ type Set struct {
 	ControlPlane string
 	// KubeVirtCRDs is a directory. COMPSC_KUBEVIRT_CRDS overrides it.
 	KubeVirtCRDs string
-	// QEMU is a root directory with QEMU. COMPSC_QEMU overrides it.
+	// QEMU is a root directory with QEMU and libvirt. COMPSC_QEMU overrides it.
 	QEMU string
 	// Kernel and Initrd are what guests boot, of the Debian release that
 	// COMPSC_GUEST names, bookworm by default.
@@ -46,7 +46,7 @@ func Find(compsc string) (Set, error) {
 		Compsc:       compsc,
 		ControlPlane: or(os.Getenv("KUBEBUILDER_ASSETS"), filepath.Join(cache, "kube", "bin")),
 		KubeVirtCRDs: or(os.Getenv("COMPSC_KUBEVIRT_CRDS"), filepath.Join(cache, "kubevirt-crds")),
-		QEMU:         or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "qemu")),
+		QEMU:         or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "libvirt")),
 		Kernel:       filepath.Join(guest, "vmlinuz"),
 		Initrd:       filepath.Join(guest, "initramfs.gz"),
 	}

@@ -22,7 +22,7 @@ func SRIOV() (Node, error) {
 		return Node{}, err
 	}
 	n := Node{
-		QEMU:   or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "qemu")),
+		QEMU:   or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "libvirt")),
 		Kernel: filepath.Join(cache, "sriov-node", "vmlinuz"),
 		Initrd: filepath.Join(cache, "sriov-node", "initramfs.gz"),
 	}

@@ -37,7 +37,7 @@ func cacheDir(t *testing.T) string {
 func boot(t *testing.T, ctx context.Context, release string) (*proto.Client, string, <-chan struct{}) {
 	t.Helper()
 	cache := cacheDir(t)
-	tree := filepath.Join(cache, "qemu")
+	tree := filepath.Join(cache, "libvirt")
 	dir, err := os.MkdirTemp(filepath.Join(tree, "tmp"), "guest-*")
 	if err != nil {
 		t.Fatal(err)

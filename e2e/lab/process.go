@@ -31,6 +31,9 @@ type Command struct {
 	Mounts []Mount
 	// Chroot is its root directory; empty for this process's.
 	Chroot string
+	// Init makes it the first process of a process namespace: whatever it
+	// starts ends with it, and must be reaped by it.
+	Init bool
 	// Log is a file that its output is appended to.
 	Log string
 }
@@ -97,6 +100,9 @@ func (c Command) start() (*exec.Cmd, error) {
 		Setpgid:   true,
 		Pdeathsig: syscall.SIGKILL,
 		Chroot:    c.Chroot,
+	}
+	if c.Init {
+		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWPID
 	}
 	if c.Log != "" {
 		if err := os.MkdirAll(filepath.Dir(c.Log), 0o700); err != nil {

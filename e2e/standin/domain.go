@@ -2,158 +2,210 @@ package standin
 
 import (
 	"context"
-	"encoding/json"
+	_ "embed"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
+	libvirt "github.com/digitalocean/go-libvirt"
+	corev1 "k8s.io/api/core/v1"
 	kubevirtv1 "kubevirt.io/api/core/v1"
-
-	"compsc.io/compsc/agent/device"
-	"compsc.io/compsc/agent/kubevirt"
-	"compsc.io/compsc/e2e/lab"
+	"libvirt.org/go/libvirtxml"
 )
 
+// converted is what KubeVirt v1.8.4's converter made of a VMI that boots a
+// kernel: agent/kubevirt/domain/testdata says how it was had.
+//
+//go:embed domain.xml
+var converted string
+
+// convertedUID is the UID of that VMI.
+const convertedUID = "8a6cbb2c-1b1f-4c0e-9a53-5a8f6c9f8a01"
+
 const (
-	// domainDir and bootDir are the places of QEMU's own files inside its tree.
-	domainDir, bootDir = "/run/domain", "/run/boot"
+	// bootDir, below /run, is where KubeVirt has the kernel of a VMI with
+	// kernelBoot.
+	bootDir = "kubevirt/container-disks/kernel-boot"
 
 	defaultMemory, defaultCPUs = 256, 1
+
+	// ownDir is where the stand-in's own sockets are; KubeVirt's directory has
+	// too long a path here.
+	ownDir         = "/run/standin"
+	consoleLog     = "virt-serial0-log"
+	agentSocket    = "agent.sock"
+	observerSocket = "observer.sock"
 )
 
 // domain is a running QEMU, what libvirt calls an active domain.
 type domain struct {
+	// monitor is one of the stand-in's own, to watch QEMU with. Everything
+	// that changes something goes through libvirt.
 	*monitor
-	proc *lab.Process
-	// dir holds its sockets and its console's log, as seen from outside.
+	name     string
+	launcher *launcher
+	// dir holds the stand-in's own sockets, as seen from outside.
 	dir string
 }
 
-// startDomain starts QEMU in the pod. An incoming one waits for
-// migrate-incoming.
-func (s *StandIn) startDomain(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance, incoming bool) (*domain, error) {
-	tree := s.cfg.QEMUTree
-	d := &domain{dir: filepath.Join(p.dir, "domain")}
-	if err := os.MkdirAll(d.dir, 0o700); err != nil {
-		return nil, err
+// privateDir is where the sockets of a VM are, KubeVirt's
+// pkg/util, VirtPrivateDir.
+func privateDir(uid string) string { return "/var/run/kubevirt-private/" + uid }
+
+func domainName(v *kubevirtv1.VirtualMachineInstance) string { return v.Namespace + "_" + v.Name }
+
+// domainXML is the domain that KubeVirt's converter would make of the VMI, as
+// far as the stand-in's VMIs go, with three things more: a second serial port,
+// which the guest is asked through; the firmware's messages on the first; and
+// the monitor of the stand-in.
+func domainXML(v *kubevirtv1.VirtualMachineInstance) (string, error) {
+	d := &libvirtxml.Domain{}
+	if err := d.Unmarshal(strings.ReplaceAll(converted, convertedUID, string(v.UID))); err != nil {
+		return "", err
 	}
-	args, err := domainArgs(v, incoming)
-	if err != nil {
-		return nil, err
+	memory, cpus := int64(defaultMemory), uint(defaultCPUs)
+	if m := v.Spec.Domain.Memory; m != nil && m.Guest != nil {
+		memory = m.Guest.Value() >> 20
 	}
-	d.proc, err = s.cfg.Lab.Start(lab.Command{
-		Name:   "QEMU of " + p.name,
-		Path:   "/usr/bin/qemu-system-x86_64",
-		Args:   args,
-		Env:    []string{"PATH=/usr/bin:/bin"},
-		NS:     s.cfg.Lab.Nodes[p.node].NS,
-		Chroot: tree,
-		Mounts: []lab.Mount{
-			{Target: filepath.Join(tree, "run")},
-			{Source: "/dev", Target: filepath.Join(tree, "dev")},
-			// The tree's /var/run is a link to its /run, which this process
-			// would follow to its own.
-			{Source: p.hooks, Target: filepath.Join(tree, "run", strings.TrimPrefix(kubevirt.HooksDir, "/var/run"))},
-			{Source: d.dir, Target: filepath.Join(tree, domainDir)},
-			{Source: s.cfg.Kernel, Target: filepath.Join(tree, bootDir, "kernel"), ReadOnly: true},
-			{Source: s.cfg.Initrd, Target: filepath.Join(tree, bootDir, "initrd"), ReadOnly: true},
-		},
-		Log: filepath.Join(s.cfg.Lab.Dir, "log", p.name+"-qemu.log"),
+	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
+		cpus = uint(c.Cores)
+	}
+	d.Name = domainName(v)
+	d.Memory = &libvirtxml.DomainMemory{Value: uint(memory), Unit: "MiB"}
+	d.VCPU.Value = cpus
+	d.CPU.Topology.Cores = int(cpus)
+	d.OS.Cmdline = ""
+	if f := v.Spec.Domain.Firmware; f != nil && f.KernelBoot != nil {
+		d.OS.Cmdline = f.KernelBoot.KernelArgs
+	}
+	for i := range d.SysInfo[0].SMBIOS.System.Entry {
+		if e := &d.SysInfo[0].SMBIOS.System.Entry[i]; e.Name == "uuid" {
+			e.Value = string(v.UID)
+		}
+	}
+	port := uint(1)
+	d.Devices.Serials = append(d.Devices.Serials, libvirtxml.DomainSerial{
+		Source: &libvirtxml.DomainChardevSource{UNIX: &libvirtxml.DomainChardevSourceUNIX{Mode: "bind", Path: filepath.Join(ownDir, agentSocket)}},
+		Target: &libvirtxml.DomainSerialTarget{Port: &port},
 	})
+	d.QEMUCommandline = &libvirtxml.DomainQEMUCommandline{}
+	for _, a := range []string{"-machine", "graphics=off", "-qmp", "unix:" + filepath.Join(ownDir, observerSocket) + ",server=on,wait=off"} {
+		d.QEMUCommandline.Args = append(d.QEMUCommandline.Args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
+	}
+	return d.Marshal()
+}
+
+// define has the sidecar change the domain, as it asked for.
+func (s *StandIn) define(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (string, error) {
+	doc, err := domainXML(v)
+	if err != nil {
+		return "", err
+	}
+	return p.onDefineDomain(ctx, doc, v)
+}
+
+// errRefused is what the sidecar says when the VM cannot start, or not yet.
+var errRefused = errors.New("the sidecar refuses")
+
+// startDomain defines and starts the VM in the pod.
+func (s *StandIn) startDomain(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (*domain, error) {
+	doc, err := s.define(ctx, p, v)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, "monitor.sock"), d.proc.Done()); err != nil {
-		d.proc.Stop(0)
-		return nil, errors.Join(err, logTail(d.proc))
+	if err := p.launcher.call(ctx, func(l *libvirt.Libvirt) error {
+		d, err := l.DomainDefineXML(doc)
+		if err != nil {
+			return err
+		}
+		var flags libvirt.DomainCreateFlags
+		if startsPaused(v) {
+			flags = libvirt.DomainStartPaused
+		}
+		_, err = l.DomainCreateWithFlags(d, uint32(flags))
+		return err
+	}); err != nil {
+		return nil, errors.Join(err, logTail(p.launcher.proc))
+	}
+	return s.observe(ctx, p, v)
+}
+
+// observe watches the QEMU that libvirt starts in the pod.
+func (s *StandIn) observe(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (*domain, error) {
+	d := &domain{name: domainName(v), launcher: p.launcher, dir: filepath.Join(p.dir, ownDir)}
+	var err error
+	d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, observerSocket), p.launcher.proc.Done())
+	if err != nil {
+		return nil, err
 	}
 	return d, nil
 }
 
-// domainArgs are QEMU's arguments. Apart from those that concern the VF they
-// are the least that boots a kernel.
-func domainArgs(v *kubevirtv1.VirtualMachineInstance, incoming bool) ([]string, error) {
-	memory, cpus := int64(defaultMemory), uint32(defaultCPUs)
-	if m := v.Spec.Domain.Memory; m != nil && m.Guest != nil {
-		memory = m.Guest.Value() >> 20
-	}
-	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
-		cpus = c.Cores
-	}
-	slots, err := kubevirt.Slots(v)
-	if err != nil {
-		return nil, err
-	}
-	// The same on every node, as socket paths travel in the domain.
-	hooksDir := kubevirt.ComputeDeviceDir(sidecarContainer)
-	var kernelArgs string
-	if f := v.Spec.Domain.Firmware; f != nil && f.KernelBoot != nil {
-		kernelArgs = f.KernelBoot.KernelArgs
-	}
-	gate, err := json.Marshal(map[string]any{
-		"driver": "nbd", "node-name": "gate0", "export": "", "reconnect-delay": 3,
-		"server": map[string]string{"type": "unix", "path": hooksDir + "/gate.sock"},
-	})
-	if err != nil {
-		return nil, err
-	}
-	a := []string{
-		"-name", v.Name,
-		"-nodefaults", "-no-user-config", "-display", "none",
-		// Without graphics the firmware's console is the first serial port.
-		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", "tcg,thread=multi", "-cpu", "qemu64",
-		"-smp", strconv.Itoa(int(cpus)),
-		"-m", fmt.Sprintf("%dM", memory),
-		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", memory),
-		"-kernel", bootDir + "/kernel", "-initrd", bootDir + "/initrd", "-append", kernelArgs,
-		"-serial", "file:" + domainDir + "/console.log",
-		"-serial", "unix:" + domainDir + "/agent.sock,server=on,wait=off",
-		"-qmp", "unix:" + domainDir + "/monitor.sock,server=on,wait=off",
-		"-qmp", "unix:" + hooksDir + "/qmp.sock,server=on,wait=off",
-		"-blockdev", string(gate),
-		"-blockdev", "driver=qcow2,node-name=gateq,file=gate0",
-	}
-	for _, name := range bindingInterfaces(v) {
-		dev, err := json.Marshal(map[string]any{
-			"driver": "vfio-user-pci", "id": "vf-" + name, "bus": "pcie.0",
-			"addr": fmt.Sprintf("%#x", slots[name]), "rombar": 0,
-			"socket": map[string]string{"type": "unix", "path": hooksDir + "/" + device.VFSocket(slots[name])},
-		})
+// do has libvirt do something with the domain.
+func (d *domain) do(ctx context.Context, do func(*libvirt.Libvirt, libvirt.Domain) error) error {
+	return d.launcher.call(ctx, func(l *libvirt.Libvirt) error {
+		x, err := l.DomainLookupByName(d.name)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		a = append(a, "-device", string(dev))
+		return do(l, x)
+	})
+}
+
+// state is libvirt's word on the domain.
+func (d *domain) state(ctx context.Context) (state libvirt.DomainState, err error) {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	err = d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) error {
+		n, _, err := l.DomainGetState(x, 0)
+		state = libvirt.DomainState(n)
+		return err
+	})
+	return state, err
+}
+
+// fate is how a pod ends whose QEMU has ended: well, if its VM moved away.
+func (d *domain) fate(ctx context.Context) corev1.PodPhase {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for {
+		var state, reason int32
+		err := d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) (err error) {
+			state, reason, err = l.DomainGetState(x, 0)
+			return err
+		})
+		if err != nil || libvirt.DomainState(state) == libvirt.DomainShutoff {
+			if err == nil && libvirt.DomainShutoffReason(reason) == libvirt.DomainShutoffMigrated {
+				return corev1.PodSucceeded
+			}
+			return corev1.PodFailed
+		}
+		select { // libvirt has not taken it in yet
+		case <-t.C:
+		case <-ctx.Done():
+			return corev1.PodFailed
+		}
 	}
-	if incoming {
-		a = append(a, "-incoming", "defer")
+}
+
+// pid is QEMU's process.
+func (d *domain) pid() (int, error) {
+	pids, err := d.launcher.processes("qemu-system-x86")
+	if err != nil {
+		return 0, err
 	}
-	if incoming || startsPaused(v) {
-		a = append(a, "-S")
+	if len(pids) != 1 {
+		return 0, fmt.Errorf("%d QEMUs in the pod of domain %s, want 1", len(pids), d.name)
 	}
-	return a, nil
+	return pids[0], nil
 }
 
 func startsPaused(v *kubevirtv1.VirtualMachineInstance) bool {
 	return v.Spec.StartStrategy != nil && *v.Spec.StartStrategy == kubevirtv1.StartStrategyPaused
-}
-
-// kill ends QEMU without asking it, as libvirt does.
-func (d *domain) kill() {
-	d.proc.Stop(0)
-	d.close()
-}
-
-// logTail is the end of a process's output as an error, nil if it said nothing.
-func logTail(p *lab.Process) error {
-	b := p.Tail(2000)
-	if b == "" {
-		return nil
-	}
-	return fmt.Errorf("its last words: %s", b)
 }

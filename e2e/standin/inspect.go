@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
+	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -56,26 +58,62 @@ func (s *StandIn) QEMUPID(ctx context.Context, key client.ObjectKey) (int, error
 	if err != nil {
 		return 0, err
 	}
-	return d.proc.PID(), nil
+	return d.pid()
 }
 
 // Consoles is the end, at most n bytes each, of what firmware and guests
 // printed on the first serial port, of all VMs that are known.
 func (s *StandIn) Consoles(n int) (map[string]string, error) {
 	s.mu.Lock()
-	dirs := map[string]string{}
+	logs := map[string]string{}
 	for _, p := range s.pods {
-		dirs[p.name] = p.dir
+		logs[p.name] = filepath.Join(p.launcher.private(p), consoleLog)
 	}
 	s.mu.Unlock()
 	out := map[string]string{}
 	var errs []error
-	for name, dir := range dirs {
-		b, err := os.ReadFile(filepath.Join(dir, "domain", "console.log"))
+	for name, file := range logs {
+		b, err := os.ReadFile(file)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
 		out[name] = string(b[max(0, len(b)-n):])
 	}
 	return out, errors.Join(errs...)
+}
+
+// GateConnections is how many connections a pod's device process has at its
+// gate.
+func (s *StandIn) GateConnections(pod types.UID) (int, error) {
+	p := s.podOf(pod)
+	if p == nil {
+		return 0, fmt.Errorf("no pod %s runs", pod)
+	}
+	proc := fmt.Sprintf("/proc/%d", p.currentSidecar().PID())
+	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
+	if err != nil {
+		return 0, err
+	}
+	own := map[string]bool{}
+	for _, fd := range fds {
+		// It may have been closed meanwhile.
+		link, _ := os.Readlink(filepath.Join(proc, "fd", fd.Name()))
+		if inode, ok := strings.CutPrefix(link, "socket:["); ok {
+			own[strings.TrimSuffix(inode, "]")] = true
+		}
+	}
+	table, err := os.ReadFile(filepath.Join(proc, "net/unix"))
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for line := range strings.Lines(string(table)) {
+		// Num, RefCount, Protocol, Flags, Type, St, Inode, Path (proc(5)); 03 is
+		// connected, and an accepted socket has the listening one's path.
+		f := strings.Fields(line)
+		if len(f) == 8 && f[5] == "03" && own[f[6]] && filepath.Base(f[7]) == "gate.sock" {
+			n++
+		}
+	}
+	return n, nil
 }

@@ -7,26 +7,22 @@ import (
 	"sync"
 	"time"
 
+	libvirt "github.com/digitalocean/go-libvirt"
 	"github.com/digitalocean/go-qemu/qmp"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
-
-	"compsc.io/compsc/e2e/lab"
+	"libvirt.org/go/libvirtxml"
 )
 
 const (
-	// migrationPort is the first of libvirt's migration_port_min.
-	migrationPort = 49152
-	// unlimited is what libvirt sets for "no limit", in bytes per second.
-	unlimited = int64(1) << 53
-	// downtimeLimit is QEMU's default, in milliseconds.
-	downtimeLimit = 300
+	// unlimited is more than any link has, in MiB/s.
+	unlimited = 1 << 20
 	// completionTimeout is KubeVirt's default for a VM of up to 1 GiB.
 	completionTimeout = 150 * time.Second
-	// finishTimeout bounds loading the last of the state and starting the VM;
-	// longer than any hold of the target's gate.
+	// finishTimeout bounds what libvirt does after a migration failed.
 	finishTimeout = time.Minute
 )
 
@@ -42,6 +38,8 @@ type job struct {
 	// domains are set then.
 	copying, loaded chan struct{}
 	src, dst        *domain
+	// performed is closed when libvirt's call has returned.
+	performed chan struct{}
 
 	done chan struct{}
 	err  error // valid once done is closed
@@ -98,7 +96,9 @@ func (s *StandIn) Loaded(migration types.UID) (Domains, bool) {
 	}
 	select {
 	case <-j.loaded:
-		return Domains{SourcePID: j.src.proc.PID(), TargetPID: j.dst.proc.PID()}, true
+		source, err1 := j.src.pid()
+		target, err2 := j.dst.pid()
+		return Domains{SourcePID: source, TargetPID: target}, errors.Join(err1, err2) == nil
 	default:
 		return Domains{}, false
 	}
@@ -126,7 +126,7 @@ func (s *StandIn) startJob(x *scope) error {
 	j := &job{
 		name: x.m.Name, vmi: x.v.DeepCopy(), source: source, target: target,
 		address: x.v.Status.MigrationState.TargetNodeAddress,
-		copying: make(chan struct{}), loaded: make(chan struct{}),
+		copying: make(chan struct{}), loaded: make(chan struct{}), performed: make(chan struct{}),
 		done: make(chan struct{}), aborted: make(chan struct{}),
 	}
 	s.mu.Lock()
@@ -157,10 +157,14 @@ func (s *StandIn) SpeedUp(ctx context.Context) error {
 			continue
 		default:
 		}
-		if src := j.source.activeDomain(); src != nil {
-			if err := src.do(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": unlimited}); err != nil {
-				return err
-			}
+		src := j.source.activeDomain()
+		if src == nil {
+			continue
+		}
+		if err := src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+			return l.DomainMigrateSetMaxSpeed(d, unlimited, 0)
+		}); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -168,9 +172,9 @@ func (s *StandIn) SpeedUp(ctx context.Context) error {
 
 // abort cancels the job if that is still possible. It does not wait.
 //
-// QEMU must not be told before its migration is "active": a migrate_cancel
-// while it still connects is not passed on to the connection, whose return
-// path QEMU then waits for in its main loop, for ever.
+// libvirt must not be told before QEMU's migration is "active": a
+// migrate_cancel while QEMU still connects is not passed on to the connection,
+// whose return path QEMU then waits for in its main loop, for ever.
 func (j *job) abort(ctx context.Context) {
 	j.abortOnce.Do(func() {
 		close(j.aborted)
@@ -183,212 +187,190 @@ func (j *job) abort(ctx context.Context) {
 				return
 			}
 			if src := j.source.activeDomain(); src != nil {
-				// QEMU's answer is the migration's end. It refuses when
+				// libvirt's answer is the migration's end. It refuses when
 				// nothing is left to cancel.
-				_ = src.do(ctx, "migrate_cancel", nil)
+				_ = src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error { return l.DomainAbortJob(d) })
 			}
 		}()
 	})
 }
 
-// migrate is libvirt's migration, version 3 of its protocol.
+// migrate has the source's libvirt move the VM, as virt-launcher does.
 func (s *StandIn) migrate(ctx context.Context, j *job) error {
 	src := j.source.activeDomain()
 	if src == nil {
 		return errors.New("the source domain is gone")
 	}
-	dst, err := s.prepare(ctx, j)
+	x, err := s.startProxies(j.source, j.target, j.address)
 	if err != nil {
-		s.finishPod(j.target, corev1.PodFailed)
-		return fmt.Errorf("prepare: %w", err)
+		return err
+	}
+	defer x.close()
+	for _, p := range []*pod{j.source, j.target} {
+		p.mu.Lock()
+		p.job = j
+		p.mu.Unlock()
 	}
 	from := src.mark()
+	watch, stop := context.WithCancel(ctx)
+	defer stop()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.watchSource(watch, j, src, from) })
+	wg.Go(func() { s.watchTarget(watch, j) })
+	limit := time.AfterFunc(completionTimeout, func() { j.abort(ctx) })
 	err = s.perform(ctx, j, src)
-	if err == nil {
-		err = s.finish(ctx, j, src, dst)
-	}
+	close(j.performed)
+	limit.Stop()
 	if err != nil {
-		why := errors.Join(err, tailIfEnded(dst.proc))
+		stop()
+	}
+	// What the target's QEMU said is read to its end.
+	time.AfterFunc(finishTimeout, stop)
+	wg.Wait()
+	if err != nil {
 		s.finishPod(j.target, corev1.PodFailed)
-		if rerr := resume(ctx, src); rerr != nil {
-			return errors.Join(why, fmt.Errorf("the source VM does not resume: %w", rerr))
+		if rerr := runs(ctx, src); rerr != nil {
+			return errors.Join(err, fmt.Errorf("the source VM does not resume: %w", rerr))
 		}
-		return why
+		return err
+	}
+	if j.dst == nil {
+		return errors.New("the target's QEMU was never seen")
+	}
+	if _, _, err := j.dst.wait(ctx, 0, func(e qmp.Event) bool { return e.Event == "RESUME" }); err != nil {
+		return fmt.Errorf("the VM does not run on the target: %w", err)
 	}
 	stopped, ok1 := src.last(from, "STOP")
-	resumed, ok2 := dst.last(0, "RESUME")
+	resumed, ok2 := j.dst.last(0, "RESUME")
 	if !ok1 || !ok2 {
 		return errors.New("QEMU did not tell when the VM stopped and started")
 	}
 	j.timing = Timing{Stopped: stopped, Resumed: resumed}
-	// Confirm: the source is not needed any more.
 	s.finishPod(j.source, corev1.PodSucceeded)
 	return nil
 }
 
-// prepare starts the target's QEMU and has it listen.
-func (s *StandIn) prepare(ctx context.Context, j *job) (*domain, error) {
-	dst, err := s.startDomain(ctx, j.target, j.vmi, true)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.setDomain(j.target, dst); err != nil {
-		return nil, err
-	}
-	if err := capabilities(ctx, dst, "events", "return-path", "late-block-activate"); err != nil {
-		return nil, err
-	}
-	return dst, dst.do(ctx, "migrate-incoming", map[string]any{"uri": j.uri()})
+// perform is the call that virt-launcher makes, with its flags and parameters
+// (pkg/virt-launcher/virtwrap/live-migration-source.go of KubeVirt:
+// generateMigrationFlags, generateMigrationParams). The domain that is to run
+// on the target is the source's, as libvirt would migrate it.
+func (s *StandIn) perform(ctx context.Context, j *job, src *domain) error {
+	bandwidth := s.limit()
+	return src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+		doc, err := l.DomainGetXMLDesc(d, libvirt.DomainXMLMigratable)
+		if err != nil {
+			return err
+		}
+		x := &libvirtxml.Domain{}
+		if err := x.Unmarshal(doc); err != nil {
+			return err
+		}
+		if doc, err = x.Marshal(); err != nil {
+			return err
+		}
+		text := func(name, value string) libvirt.TypedParam {
+			return libvirt.TypedParam{Field: name, Value: *libvirt.NewTypedParamValueString(value)}
+		}
+		params := []libvirt.TypedParam{
+			text(libvirt.MigrateParamURI, "unix://"+proxyPath(migrationProxy)),
+			text(libvirt.MigrateParamDestXML, doc),
+			text(libvirt.MigrateParamPersistXML, doc),
+			text(libvirt.MigrateParamDestName, src.name),
+		}
+		if bandwidth > 0 {
+			params = append(params, libvirt.TypedParam{Field: libvirt.MigrateParamBandwidth, Value: *libvirt.NewTypedParamValueUllong(bandwidth)})
+		}
+		_, err = l.DomainMigratePerform3Params(d,
+			libvirt.OptString{"qemu+unix:///system?socket=" + proxyPath(libvirtProxy)},
+			params, nil, libvirt.MigrateLive|libvirt.MigratePeer2peer|libvirt.MigratePersistDest)
+		return err
+	})
 }
 
-func (j *job) uri() string { return fmt.Sprintf("tcp:%s:%d", j.address, migrationPort) }
-
-// perform sends the VM. On error the source may be stopped or running.
-func (s *StandIn) perform(ctx context.Context, j *job, src *domain) error {
-	if err := capabilities(ctx, src, "events", "return-path", "pause-before-switchover"); err != nil {
-		return err
+// limit is the bandwidth for a migration, in MiB/s, 0 for none. One that is to
+// be held within libvirt's part starts slowly, so that nothing is missed.
+func (s *StandIn) limit() uint64 {
+	if s.isHeld(InPreSwitchover) || s.isHeld(BeforeFinish) {
+		return 1
 	}
 	s.mu.Lock()
-	bandwidth := s.bandwidth
-	s.mu.Unlock()
-	if bandwidth == 0 {
-		bandwidth = unlimited
+	defer s.mu.Unlock()
+	return uint64(s.bandwidth >> 20)
+}
+
+// watchSource tells when pre-copy begins, and holds the migration in libvirt's
+// part if a test asks for it: libvirt itself stands still there.
+func (s *StandIn) watchSource(ctx context.Context, j *job, src *domain, from int) {
+	if _, _, err := src.wait(ctx, from, migrationStatus("active")); err != nil {
+		return
 	}
-	if err := src.do(ctx, "migrate-set-parameters", map[string]any{
-		"max-bandwidth": bandwidth, "downtime-limit": downtimeLimit,
-	}); err != nil {
-		return err
+	var release <-chan struct{}
+	var libvirtd *launcher
+	switch {
+	case s.isHeld(InPreSwitchover):
+		release, libvirtd = s.held(InPreSwitchover), j.source.launcher
+	case s.isHeld(BeforeFinish):
+		release, libvirtd = s.held(BeforeFinish), j.target.launcher
 	}
-	ctx, cancel := context.WithTimeout(ctx, completionTimeout)
-	defer cancel()
-	from := src.mark()
-	select {
-	case <-j.aborted:
-		return errors.New("operation aborted")
-	default:
-	}
-	if err := src.do(ctx, "migrate", map[string]any{"uri": j.uri()}); err != nil {
-		return err
-	}
-	if _, _, err := src.wait(ctx, from, migrationStatus("active", "failed", "cancelled")); err != nil {
-		return fmt.Errorf("QEMU does not begin to migrate: %w", err)
+	if libvirtd != nil {
+		if err := libvirtd.signal(unix.SIGSTOP); err != nil {
+			s.log.Error("hold", "migration", j.name, "error", err)
+		}
+		if err := src.run(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(unlimited) << 20}, nil); err != nil {
+			s.log.Error("hold", "migration", j.name, "error", err)
+		}
 	}
 	close(j.copying)
-	for {
-		e, next, err := src.wait(ctx, from, migrationStatus("pre-switchover", "completed", "failed", "cancelled"))
-		if err != nil {
-			j.abort(context.WithoutCancel(ctx))
-			return fmt.Errorf("the VM was not moved in time: %w", err)
-		}
-		from = next
-		switch e.Data["status"] {
-		case "completed":
-			return nil
-		case "cancelled":
-			return errors.New("operation aborted")
-		case "failed":
-			return migrationError(ctx, src)
-		}
-		select {
-		case <-s.held(InPreSwitchover):
-		case <-j.aborted:
-			continue // the cancellation's event follows
-		}
-		if err := src.do(ctx, "migrate-continue", map[string]any{"state": "pre-switchover"}); err != nil {
-			select {
-			case <-j.aborted:
-			default:
-				return err
-			}
-		}
+	if libvirtd == nil {
+		return
 	}
-}
-
-// finish starts the VM on the target.
-func (s *StandIn) finish(ctx context.Context, j *job, src, dst *domain) error {
-	load, cancel := context.WithTimeout(ctx, finishTimeout)
-	defer cancel()
-	// cont before the end of the load would start the VM behind our back.
-	e, _, err := dst.wait(load, 0, migrationStatus("completed", "failed"))
-	if err != nil {
-		return fmt.Errorf("the target did not load the VM: %w", err)
+	aborted := j.aborted
+	if libvirtd == j.target.launcher {
+		aborted = nil // nothing can be cancelled there
 	}
-	if e.Data["status"] == "failed" {
-		return errors.New("the target could not load the VM")
-	}
-	j.src, j.dst = src, dst
-	close(j.loaded)
 	select {
-	case <-s.held(BeforeFinish):
+	case <-release:
+	case <-aborted:
 	case <-ctx.Done():
-		return ctx.Err()
 	}
-	start, cancel := context.WithTimeout(ctx, finishTimeout)
-	defer cancel()
-	if err := dst.run(start, "cont", nil, nil); err != nil {
-		return fmt.Errorf("the target does not start the VM: %w", err)
+	if err := libvirtd.signal(unix.SIGCONT); err != nil {
+		s.log.Error("hold", "migration", j.name, "error", err)
 	}
-	if _, _, err := dst.wait(start, 0, func(e qmp.Event) bool { return e.Event == "RESUME" }); err != nil {
-		return fmt.Errorf("the target does not start the VM: %w", err)
-	}
-	return nil
 }
 
-// resume makes a source run again after a migration failed.
-func resume(ctx context.Context, src *domain) error {
+// watchTarget watches the QEMU that libvirt starts on the target.
+func (s *StandIn) watchTarget(ctx context.Context, j *job) {
+	dst, err := s.observe(ctx, j.target, j.vmi)
+	if err != nil {
+		return
+	}
+	if err := s.setDomain(j.target, dst); err != nil {
+		return
+	}
+	j.dst, j.src = dst, j.source.activeDomain()
+	// The VM may run a moment later; the migration's end is no reason to look away.
+	if _, _, err := dst.wait(ctx, 0, migrationStatus("completed")); err == nil {
+		close(j.loaded)
+	}
+}
+
+// runs waits until the VM of a source runs again after a migration failed.
+func runs(ctx context.Context, src *domain) error {
 	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
 	defer cancel()
 	t := time.NewTicker(20 * time.Millisecond)
 	defer t.Stop()
 	for {
-		status, err := src.status(ctx)
-		if err != nil {
-			return err
-		}
-		switch status {
-		case "running":
+		state, err := src.state(ctx)
+		if err == nil && state == libvirt.DomainRunning {
 			return nil
-		case "finish-migrate":
-			// QEMU is still about to give up.
-		default:
-			if err := src.run(ctx, "cont", nil, nil); err != nil {
-				return err
-			}
 		}
 		select {
 		case <-t.C:
+		case <-src.gone():
+			return errMonitorClosed
 		case <-ctx.Done():
-			return fmt.Errorf("QEMU is %s: %w", status, ctx.Err())
+			return fmt.Errorf("libvirt says state %d: %w", state, errors.Join(err, ctx.Err()))
 		}
-	}
-}
-
-func capabilities(ctx context.Context, d *domain, names ...string) error {
-	var caps []map[string]any
-	for _, n := range names {
-		caps = append(caps, map[string]any{"capability": n, "state": true})
-	}
-	return d.do(ctx, "migrate-set-capabilities", map[string]any{"capabilities": caps})
-}
-
-// migrationError is QEMU's own word on why a migration failed.
-func migrationError(ctx context.Context, d *domain) error {
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
-	var info struct {
-		Error string `json:"error-desc"`
-	}
-	if err := d.run(ctx, "query-migrate", nil, &info); err != nil {
-		return errors.Join(errors.New("QEMU's migration failed"), err)
-	}
-	return fmt.Errorf("QEMU's migration failed: %s", info.Error)
-}
-
-func tailIfEnded(p *lab.Process) error {
-	select {
-	case <-p.Done():
-		return logTail(p)
-	default:
-		return nil
 	}
 }

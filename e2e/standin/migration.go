@@ -150,12 +150,20 @@ func (s *StandIn) handOff(ctx context.Context, x *scope) error {
 }
 
 // publishTarget is what the target's virt-handler says once its
-// virt-launcher is ready to receive.
+// virt-launcher is ready to receive. It asks the sidecar for a domain that
+// nobody uses: only an error counts, and is tried again.
 func (s *StandIn) publishTarget(ctx context.Context, x *scope) error {
+	p := s.podOf(x.target.UID)
+	if p == nil {
+		return s.fail(ctx, x, errPodDown)
+	}
+	if _, err := s.define(ctx, p, x.v); err != nil {
+		return fmt.Errorf("migration %s: %w", x.m.Name, err)
+	}
 	n := s.cfg.Lab.Nodes[x.target.Spec.NodeName]
 	if err := s.updateVMI(ctx, x.v, func(v *kubevirtv1.VirtualMachineInstance) {
 		v.Status.MigrationState.TargetNodeAddress = n.IP.String()
-		v.Status.MigrationState.TargetDirectMigrationNodePorts = map[string]int{fmt.Sprint(migrationPort): 0}
+		v.Status.MigrationState.TargetDirectMigrationNodePorts = map[string]int{"49152": 0}
 	}); err != nil {
 		return err
 	}

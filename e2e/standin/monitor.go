@@ -19,16 +19,21 @@ const commandTimeout = 20 * time.Second
 // not answer in time.
 var errMonitorClosed = errors.New("QEMU's monitor is closed")
 
-// monitor is QEMU's first monitor, libvirt's. Unlike the library's it is
+// monitor is a monitor of QEMU beside libvirt's. Unlike the library's it is
 // bounded by contexts, and it keeps all events.
 type monitor struct {
 	m *qmp.SocketMonitor
+
+	ended chan struct{} // closed when QEMU is gone
 
 	mu     sync.Mutex
 	events []qmp.Event
 	closed bool
 	news   chan struct{} // closed and replaced at each event
 }
+
+// gone is closed when QEMU is gone, or the monitor was closed.
+func (m *monitor) gone() <-chan struct{} { return m.ended }
 
 // openMonitor connects to QEMU's monitor at path, which may not exist yet,
 // until ctx ends or QEMU does.
@@ -51,7 +56,7 @@ func openMonitor(ctx context.Context, path string, gone <-chan struct{}) (*monit
 }
 
 func startMonitor(ctx context.Context, s *qmp.SocketMonitor) (*monitor, error) {
-	m := &monitor{m: s, news: make(chan struct{})}
+	m := &monitor{m: s, news: make(chan struct{}), ended: make(chan struct{})}
 	if err := m.bounded(ctx, s.Connect); err != nil {
 		return nil, fmt.Errorf("QEMU's monitor: %w", err)
 	}
@@ -64,6 +69,7 @@ func startMonitor(ctx context.Context, s *qmp.SocketMonitor) (*monitor, error) {
 			m.record(&e)
 		}
 		m.record(nil)
+		close(m.ended)
 	}()
 	return m, nil
 }
@@ -123,13 +129,6 @@ func (m *monitor) run(ctx context.Context, command string, args, out any) error 
 	return json.Unmarshal(r.Return, out)
 }
 
-// do is run for a command without a result that is answered at once.
-func (m *monitor) do(ctx context.Context, command string, args any) error {
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
-	return m.run(ctx, command, args, nil)
-}
-
 // mark returns the place of the next event, for wait.
 func (m *monitor) mark() int {
 	m.mu.Lock()
@@ -177,13 +176,4 @@ func migrationStatus(want ...string) func(qmp.Event) bool {
 		status, _ := e.Data["status"].(string)
 		return e.Event == "MIGRATION" && slices.Contains(want, status)
 	}
-}
-
-// status is QEMU's run state.
-func (m *monitor) status(ctx context.Context) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
-	var s struct{ Status string }
-	err := m.run(ctx, "query-status", nil, &s)
-	return s.Status, err
 }

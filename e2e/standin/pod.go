@@ -44,13 +44,18 @@ type pod struct {
 	// hooks is the volume shared by sidecar and compute, where a kubelet would
 	// make it; dir is a place for everything else.
 	hooks, dir string
-	sidecar    *lab.Process
+	launcher   *launcher
 	probing    context.CancelFunc
+	// vmi is the UID of the VMI that it was made for.
+	vmi string
 
-	mu     sync.Mutex
-	domain *domain
-	ready  bool
-	ended  corev1.PodPhase // empty while it runs
+	mu         sync.Mutex
+	sidecar    *lab.Process
+	hookSocket string // empty until it was found
+	domain     *domain
+	job        *job // the last migration that it took part in
+	ready      bool
+	ended      corev1.PodPhase // empty while it runs
 }
 
 // sidecarDir is the part of the volume that the sidecar sees.
@@ -67,10 +72,11 @@ func (s *StandIn) podOf(uid types.UID) *pod {
 	return s.pods[uid]
 }
 
-// startPod starts the pod's containers: virt-launcher, which does nothing
-// before it is told to, and the sidecar.
+// startPod starts the pod's containers: virt-launcher's libvirtd, which does
+// nothing before it is told to, and the sidecar.
 func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	p := &pod{
+		vmi: o.Labels[kubevirtv1.CreatedByLabel],
 		uid: o.UID, name: o.Name, namespace: o.Namespace, node: o.Spec.NodeName, started: time.Now(),
 		hooks: filepath.Join(s.cfg.PodsDir(o.Spec.NodeName), string(o.UID),
 			"volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"),
@@ -86,16 +92,37 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	if o.Labels[kubevirtv1.MigrationJobLabel] != "" {
 		role = "target"
 	}
-	// As virt-controller renders a binding's sidecar, without arguments, unless
-	// a test has some.
+	if err := s.startSidecar(p); err != nil {
+		return nil, err
+	}
+	if err := s.startLauncher(p); err != nil {
+		p.sidecar.Stop(0)
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(s.ctx)
+	p.probing = cancel
+	go s.probe(ctx, p)
+	go func() {
+		<-p.launcher.proc.Done()
+		s.finishPod(p, corev1.PodFailed)
+	}()
+	s.mu.Lock()
+	s.pods[p.uid] = p
+	s.mu.Unlock()
+	s.log.Info("pod started", "pod", p.name, "node", p.node, "role", role)
+	return p, nil
+}
+
+// startSidecar starts the sidecar as virt-controller renders a binding's,
+// without arguments, unless a test has some.
+func (s *StandIn) startSidecar(p *pod) error {
 	var args []string
 	if s.cfg.DeviceArgs != nil {
 		if more := s.cfg.DeviceArgs(p.node); len(more) > 0 {
 			args = append([]string{"device"}, more...)
 		}
 	}
-	var err error
-	p.sidecar, err = s.cfg.Lab.Start(lab.Command{
+	x, err := s.cfg.Lab.Start(lab.Command{
 		Name: "device process of " + p.name, Path: s.cfg.Compsc, Args: args,
 		Env:    append(os.Environ(), kubevirt.EnvContainerName+"="+sidecarContainer),
 		NS:     s.cfg.Lab.Nodes[p.node].NS,
@@ -103,20 +130,16 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 		Log:    filepath.Join(s.cfg.Lab.Dir, "log", p.name+"-device.log"),
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	ctx, cancel := context.WithCancel(s.ctx)
-	p.probing = cancel
-	go s.probe(ctx, p)
+	p.mu.Lock()
+	p.sidecar = x
+	p.mu.Unlock()
 	go func() {
-		<-p.sidecar.Done()
+		<-x.Done()
 		s.pokePod(p)
 	}()
-	s.mu.Lock()
-	s.pods[p.uid] = p
-	s.mu.Unlock()
-	s.log.Info("pod started", "pod", p.name, "node", p.node, "role", role)
-	return p, nil
+	return nil
 }
 
 // probe is the kubelet's readiness probe of the sidecar.
@@ -151,9 +174,12 @@ func (s *StandIn) probe(ctx context.Context, p *pod) {
 	}
 }
 
-// dialDevice reaches a device process through its directory, whose full path
+// dialDevice reaches the control socket of a device process.
+func dialDevice(dir string) (*grpc.ClientConn, error) { return dialSocket(dir, "control.sock") }
+
+// dialSocket reaches a process through a socket in a directory whose full path
 // is longer than a unix socket's address may be.
-func dialDevice(dir string) (*grpc.ClientConn, error) {
+func dialSocket(dir, name string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///device",
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		// A kubelet dials anew for each probe.
@@ -168,7 +194,7 @@ func dialDevice(dir string) (*grpc.ClientConn, error) {
 			}
 			defer f.Close()
 			var d net.Dialer
-			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/control.sock", f.Fd()))
+			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", f.Fd(), name))
 		}))
 }
 
@@ -201,12 +227,18 @@ func (s *StandIn) setDomain(p *pod, d *domain) error {
 	}
 	p.mu.Unlock()
 	if ended != "" {
-		d.kill()
+		d.close()
 		return fmt.Errorf("pod %s has ended", p.name)
 	}
 	go func() {
-		<-d.proc.Done()
-		s.finishPod(p, corev1.PodFailed)
+		<-d.gone()
+		p.mu.Lock()
+		j := p.job
+		p.mu.Unlock()
+		if j != nil {
+			<-j.performed // libvirt is to have its say first
+		}
+		s.finishPod(p, d.fate(s.ctx))
 	}()
 	return nil
 }
@@ -215,11 +247,26 @@ func (s *StandIn) setDomain(p *pod, d *domain) error {
 // nobody starts a container again that is RestartPolicy Never's.
 func (p *pod) sidecarEnded() bool {
 	select {
-	case <-p.sidecar.Done():
+	case <-p.currentSidecar().Done():
 		return true
 	default:
 		return false
 	}
+}
+
+func (p *pod) currentSidecar() *lab.Process {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sidecar
+}
+
+// RestartSidecar kills a pod's device process and starts another, as a kubelet
+// would where the pod's restart policy lets it.
+func (s *StandIn) RestartSidecar(pod types.UID) error {
+	if err := s.KillSidecar(pod); err != nil {
+		return err
+	}
+	return s.startSidecar(s.podOf(pod))
 }
 
 // KillSidecar kills a pod's device process, as the kernel does when memory is
@@ -229,7 +276,7 @@ func (s *StandIn) KillSidecar(pod types.UID) error {
 	if p == nil {
 		return fmt.Errorf("no pod %s runs", pod)
 	}
-	p.sidecar.Stop(0)
+	p.currentSidecar().Stop(0)
 	return nil
 }
 
@@ -291,9 +338,12 @@ func (p *pod) stop() {
 	p.mu.Lock()
 	d := p.domain
 	p.mu.Unlock()
+	p.launcher.proc.Stop(0)
 	if d != nil {
-		d.kill()
+		d.close()
 	}
 	p.probing()
-	p.sidecar.Stop(shutdownGrace)
+	// A sidecar that does not listen any more is stopped all the same.
+	_ = p.shutdown()
+	p.currentSidecar().Stop(shutdownGrace)
 }

@@ -21,10 +21,14 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	kubevirtv1 "kubevirt.io/api/core/v1"
+	"libvirt.org/go/libvirtxml"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/gate"
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/hook/callbackspb"
+	"compsc.io/compsc/agent/kubevirt/hook/infopb"
 	"compsc.io/compsc/e2e/artifacts"
 	"compsc.io/compsc/e2e/cluster"
 	"compsc.io/compsc/e2e/guest/proto"
@@ -34,8 +38,8 @@ import (
 // TestMain lets the test binary be its own sidecar: the stand-in is tested
 // with VMs that have no VF, whose sidecar is a gate and nothing else.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 3 && os.Args[1] == "device" && os.Args[2] == "--dir" {
-		if err := sidecar(os.Args[3]); err != nil {
+	if kubevirt.IsSidecarName(os.Getenv(kubevirt.EnvContainerName)) {
+		if err := sidecar(kubevirt.SidecarDeviceDir()); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -57,7 +61,44 @@ func (g gatekeeper) check(file string) error {
 	return nil
 }
 
+// hooks adds the gate to a domain.
+type hooks struct {
+	infopb.UnimplementedInfoServer
+	callbackspb.UnimplementedCallbacksServer
+}
+
+func (hooks) Info(context.Context, *infopb.InfoParams) (*infopb.InfoResult, error) {
+	return &infopb.InfoResult{Name: "gate", Versions: []string{"v1alpha3"}, HookPoints: []*infopb.HookPoint{{Name: "OnDefineDomain"}}}, nil
+}
+
+func (hooks) OnDefineDomain(_ context.Context, r *callbackspb.OnDefineDomainParams) (*callbackspb.OnDefineDomainResult, error) {
+	d := &libvirtxml.Domain{}
+	if err := d.Unmarshal(string(r.DomainXML)); err != nil {
+		return nil, err
+	}
+	socket := filepath.Join(kubevirt.ComputeDeviceDir(os.Getenv(kubevirt.EnvContainerName)), "gate.sock")
+	for _, a := range []string{
+		"-blockdev", fmt.Sprintf(`{"driver":"nbd","node-name":"n","export":"","server":{"type":"unix","path":%q}}`, socket),
+		"-blockdev", `{"driver":"qcow2","node-name":"q","file":"n"}`,
+	} {
+		d.QEMUCommandline.Args = append(d.QEMUCommandline.Args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
+	}
+	out, err := d.Marshal()
+	return &callbackspb.OnDefineDomainResult{DomainXML: []byte(out)}, err
+}
+
 func sidecar(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	hook, err := net.Listen("unix", filepath.Join(filepath.Dir(dir), "gate.sock"))
+	if err != nil {
+		return err
+	}
+	k := grpc.NewServer()
+	infopb.RegisterInfoServer(k, hooks{})
+	callbackspb.RegisterCallbacksServer(k, hooks{})
+	go k.Serve(hook)
 	ln, err := net.Listen("unix", filepath.Join(dir, "gate.sock"))
 	if err != nil {
 		return err
@@ -294,18 +335,14 @@ func TestMigrate(t *testing.T) {
 				if veto == "flush" {
 					return target != nil
 				}
-				d := target.activeDomain()
-				if d == nil {
-					return false
-				}
-				status, err := d.status(t.Context())
-				return err == nil && status == "paused"
+				_, ok := f.Loaded(m.UID)
+				return ok
 			})
 			p := source
 			if veto == "read" {
 				p = target
 			}
-			file := filepath.Join(p.hooks, "veto-"+veto)
+			file := filepath.Join(p.deviceDir(), "veto-"+veto)
 			if err := os.WriteFile(file, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -318,7 +355,7 @@ func TestMigrate(t *testing.T) {
 			if now.Status.NodeName != before.Status.NodeName || !now.Status.MigrationState.Failed {
 				t.Errorf("VMI on %s, state %+v", now.Status.NodeName, now.Status.MigrationState)
 			}
-			want := map[string]string{"flush": "Failed to stop the VM", "read": "does not start the VM"}[veto]
+			want := map[string]string{"flush": "Input/output error", "read": "Input/output error"}[veto]
 			if why := now.Status.MigrationState.FailureReason; !strings.Contains(why, want) {
 				t.Errorf("failed for %q, want %q", why, want)
 			}

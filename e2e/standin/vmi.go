@@ -2,6 +2,7 @@ package standin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
@@ -80,7 +81,11 @@ func (s *StandIn) startVMI(ctx context.Context, v *kubevirtv1.VirtualMachineInst
 		return err
 	}
 	if p.activeDomain() == nil {
-		d, err := s.startDomain(ctx, p, v, false)
+		d, err := s.startDomain(ctx, p, v)
+		if errors.Is(err, errRefused) {
+			s.log.Info("VM does not start yet", "vmi", v.Name, "error", err)
+			return err // virt-handler tries again
+		}
 		if err != nil {
 			s.log.Error("VM does not start", "vmi", v.Name, "error", err)
 			s.finishPod(p, corev1.PodFailed)
@@ -178,7 +183,7 @@ func (s *StandIn) DevicePID(ctx context.Context, key client.ObjectKey) (int, err
 	if err != nil {
 		return 0, err
 	}
-	return p.sidecar.PID(), nil
+	return p.currentSidecar().PID(), nil
 }
 
 // launcherName is the name of the VMI's virt-launcher pod, or of the target's
