@@ -56,6 +56,10 @@ apiserver: kube kubevirt-crds kubevirt-hooks ## Run the tests against a real kub
 qemu: artifacts compsc-demo ## Run the tests that move virtual machines (as root).
 	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test qemu $(TESTFLAGS)
 
+.PHONY: e2e-libvirt
+e2e-libvirt: artifacts compsc-demo ## Of those, run the tests that are about libvirt (as root).
+	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test libvirt $(TESTFLAGS)
+
 .PHONY: e2e-drivers
 e2e-drivers: qemu-tree guest ipxe kube kubevirt-crds ## Move guests with unmodified drivers that use all they can (as root).
 	@hack/test drivers $(TESTFLAGS)

@@ -1,0 +1,188 @@
+//go:build e2e
+
+package tests
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/types"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/standin"
+)
+
+func vmKey() client.ObjectKey {
+	return client.ObjectKey{Namespace: harness.Namespace, Name: harness.VMI}
+}
+
+func pod(t *testing.T, ctx context.Context, key client.ObjectKey) types.UID {
+	t.Helper()
+	uid, err := h.StandIn.Pod(ctx, key)
+	check(t, err)
+	return uid
+}
+
+// domainName is what virt-launcher calls a VM's domain.
+func domainName(key client.ObjectKey) string { return key.Namespace + "_" + key.Name }
+
+// libvirtSaid returns libvirt's reason for the failure of the VM's last
+// migration.
+func libvirtSaid(t *testing.T, ctx context.Context) string {
+	t.Helper()
+	v := &kubevirtv1.VirtualMachineInstance{}
+	check(t, h.Client().Get(ctx, vmKey(), v))
+	if v.Status.MigrationState == nil || !v.Status.MigrationState.Failed {
+		t.Fatalf("the last migration did not fail: %+v", v.Status.MigrationState)
+	}
+	return v.Status.MigrationState.FailureReason
+}
+
+// TestLibvirtVeto: what the gates refuse, libvirt sees as an error of QEMU,
+// and has the VM run on on its source.
+func TestLibvirtVeto(t *testing.T) {
+	t.Run("source", func(t *testing.T) {
+		ctx := within(t, bound)
+		source := vmNode(t, ctx)
+		deviceArgs.Store([]string{"--fault=corrupt-state"})
+		defer deviceArgs.Store([]string(nil))
+		m := newMigration(t, ctx)
+		check(t, create(ctx, m))
+		refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonStateRejected)
+		if s := libvirtSaid(t, ctx); !strings.Contains(s, "libvirt: ") || !strings.Contains(s, "Failed to stop the VM") {
+			t.Errorf("libvirt said %q", s)
+		}
+	})
+	t.Run("target", func(t *testing.T) {
+		ctx := within(t, bound)
+		source := vmNode(t, ctx)
+		release := hold(t, standin.BeforeFinish)
+		m := newMigration(t, ctx)
+		check(t, create(ctx, m))
+		reach(t, ctx, m, "loaded", loaded)
+		before := m.DeepCopy()
+		m.Spec.Abort = true
+		check(t, h.Client().Patch(ctx, m, client.MergeFrom(before)))
+		check(t, harness.Until(ctx, "the target to be cancelled", func(ctx context.Context) (bool, error) {
+			phase, err := h.StandIn.DevicePhase(ctx, m.Status.Target.PodUID)
+			return phase == controlpb.Phase_PHASE_CANCELLED, err
+		}))
+		release()
+		refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonAborted)
+		if s := libvirtSaid(t, ctx); !strings.Contains(s, "libvirt: ") || !strings.Contains(s, "Input/output error") {
+			t.Errorf("libvirt said %q", s)
+		}
+	})
+}
+
+// TestLibvirtRestart: libvirtd is killed and comes back, before a migration
+// and during one, on either side. The VM stays, or moves, undisturbed.
+func TestLibvirtRestart(t *testing.T) {
+	t.Run("before", func(t *testing.T) {
+		ctx := within(t, bound)
+		check(t, h.StandIn.RestartLibvirt(ctx, pod(t, ctx, vmKey())))
+		hop(t, ctx)
+	})
+	for _, side := range []string{"source", "target"} {
+		t.Run(side, func(t *testing.T) {
+			ctx := within(t, bound)
+			source := vmNode(t, ctx)
+			h.StandIn.SetBandwidth(1 << 20)
+			defer h.StandIn.SetBandwidth(0)
+			m := newMigration(t, ctx)
+			check(t, create(ctx, m))
+			reach(t, ctx, m, "copied", copying)
+			victim := pod(t, ctx, vmKey())
+			if side == "target" {
+				victim = m.Status.Target.PodUID
+			}
+			// The target's pod may end before its libvirtd is back.
+			if err := h.StandIn.RestartLibvirt(ctx, victim); err != nil && side == "source" {
+				t.Fatal(err)
+			}
+			refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonMigrationFailed)
+			h.StandIn.SetBandwidth(0)
+			hop(t, ctx)
+		})
+	}
+}
+
+// TestLibvirtCancel: virsh cancels the migration behind everybody's back, in
+// each phase that libvirt has. Where it comes too late the VM moves.
+func TestLibvirtCancel(t *testing.T) {
+	for _, s := range stages() {
+		if s.name != "pre-copy" && s.name != "captured" && s.name != "before-start" {
+			continue
+		}
+		t.Run(s.name, func(t *testing.T) {
+			ctx := within(t, bound)
+			source := vmNode(t, ctx)
+			m, release := s.bring(t, ctx)
+			victim := pod(t, ctx, vmKey())
+			said := make(chan string, 1)
+			go func() {
+				out, err := h.StandIn.Virsh(ctx, victim, "domjobabort", domainName(vmKey()))
+				if err != nil {
+					out = err.Error()
+				}
+				said <- out
+			}()
+			if s.hold != "" {
+				// libvirt stands still in these; it takes the request in when
+				// it goes on.
+				release()
+			}
+			t.Logf("virsh: %s", strings.TrimSpace(<-said))
+			release()
+			check(t, h.AwaitEnd(ctx, m, nil))
+			if isTrue(v1alpha1.ConditionSucceeded)(m) {
+				if s.name == "pre-copy" {
+					t.Errorf("it was not cancelled: %s", harness.Describe(m))
+				}
+				undisturbed(t, ctx, harness.Other(source), harness.VFsPerNode)
+				return
+			}
+			refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonMigrationFailed)
+		})
+	}
+}
+
+// TestDeviceRestart: a VM whose device process was killed has lost its VF, but
+// not its life: libvirt stops it and starts it again, and QEMU finds the gate of
+// the process that comes after.
+func TestDeviceRestart(t *testing.T) {
+	ctx := within(t, 2*bound)
+	const name = "orphan"
+	key := client.ObjectKey{Namespace: harness.Namespace, Name: name}
+	_, err := h.BootVM(ctx, name, "52:54:00:c0:5c:03", 2)
+	check(t, err)
+	uid := pod(t, ctx, key)
+	if n, err := h.StandIn.GateConnections(uid); err != nil || n != 1 {
+		t.Fatalf("%d connections at the gate: %v", n, err)
+	}
+	check(t, h.StandIn.RestartSidecar(uid))
+	check(t, harness.Until(ctx, "the new device process to have the VF", func(ctx context.Context) (bool, error) {
+		st, err := h.StandIn.DeviceStatus(ctx, key)
+		if err != nil {
+			return false, nil // it starts
+		}
+		return st.Phase == controlpb.Phase_PHASE_RUNNING, nil
+	}))
+	// At the latest, the stop's flush makes QEMU connect again.
+	for _, command := range []string{"suspend", "resume"} {
+		if out, err := h.StandIn.Virsh(ctx, uid, command, domainName(key)); err != nil {
+			t.Fatalf("virsh %s: %v, %s", command, err, out)
+		}
+	}
+	check(t, harness.Until(ctx, "QEMU to connect to the gate again", func(context.Context) (bool, error) {
+		n, err := h.StandIn.GateConnections(uid)
+		return n == 1, err
+	}))
+	check(t, h.DeleteVM(ctx, name))
+	undisturbed(t, ctx, vmNode(t, ctx), harness.VFsPerNode)
+}
