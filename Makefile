@@ -120,6 +120,22 @@ kubevirt-crds:
 kubevirt: guest kube ## Make what a Kubernetes with real nodes and KubeVirt consists of (half an hour if nothing is cached).
 	@hack/kubevirt/build
 
+# This project's images as the nodes of e2e/kubevirt have them.
+.PHONY: kubevirt-product
+kubevirt-product:
+	$(GOBUILD) -o out/kubevirt/compsc .
+	$(GOBUILD) -o out/kubevirt/deviceplugin ./e2e/deviceplugin
+	@IMAGE=localhost/compsc:e2e ARCH=amd64 VERSION=$(VERSION) BINARY=out/kubevirt/compsc go run ./hack/image hack/image/compsc.yaml out/kubevirt/compsc.tar
+	@DEVICEPLUGIN=out/kubevirt/deviceplugin ARCH=amd64 go run ./hack/image e2e/deviceplugin/image.yaml out/kubevirt/deviceplugin.tar
+
+.PHONY: e2e-kubevirt
+e2e-kubevirt: kubevirt kubevirt-product ## Move VMs on real Kubernetes and KubeVirt (as root; minutes, half an hour at first).
+	@hack/test kubevirt $(TESTFLAGS)
+
+.PHONY: demo-kubevirt
+demo-kubevirt: kubevirt kubevirt-product ## The demo on real Kubernetes and KubeVirt (as root); KEEP=1 leaves it running.
+	@go run ./e2e/kubevirt/demo $(if $(KEEP),-keep)
+
 .PHONY: kubevirt-hooks
 kubevirt-hooks:
 	@hack/kubevirt-hooks/build

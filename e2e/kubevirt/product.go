@@ -38,7 +38,7 @@ func (s *Stack) installMultus(ctx context.Context) error {
 		return err
 	}
 	if err := s.Kube.Apply(ctx, manifest, nil); err != nil {
-		return fmt.Errorf("Multus: %w", err)
+		return fmt.Errorf("install Multus: %w", err)
 	}
 	return nil
 }
