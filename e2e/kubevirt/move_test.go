@@ -12,6 +12,7 @@ import (
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
 )
@@ -112,7 +113,7 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 	v := &kubevirtv1.VirtualMachineInstance{}
 	if err := stack.Kube.Until(ctx, "the reason on the VMI", func(ctx context.Context) (bool, error) {
 		err := stack.Client().Get(ctx, client.ObjectKey{Namespace: Namespace, Name: vm}, v)
-		return strings.Contains(v.Annotations["compsc.io/migration-blocked"], v1alpha1.ReasonNoFreeVF), err
+		return strings.Contains(v.Annotations[kubevirt.AnnotationMigrationBlocked], v1alpha1.ReasonNoFreeVF), err
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -33,7 +33,9 @@ const (
 
 	runTimeout  = 4 * time.Minute
 	bootTimeout = 3 * time.Minute
-	callTimeout = 30 * time.Second
+	// answerTimeout is how long a console may stay silent before it is opened
+	// anew.
+	answerTimeout = 10 * time.Second
 )
 
 // VMOptions describe a virtual machine.
@@ -143,33 +145,37 @@ func Other(node string) string {
 
 // Guest calls do with a client of the guest, over the VM's serial console as
 // `virtctl console` reaches it: through the API server, virt-api and
-// virt-handler. A guest that still boots is waited for.
+// virt-handler. A guest that does not answer yet is waited for.
 func (s *Stack) Guest(ctx context.Context, name string, do func(context.Context, *proto.Client) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, errors.New("the guest took too long"))
 	defer cancel()
+	var client *proto.Client
 	var last error
 	err := s.Kube.Until(ctx, "the guest of VMI "+name, func(ctx context.Context) (bool, error) {
-		// A console belongs to one client at a time, and not to a VM that is
-		// just moving.
-		last = s.call(ctx, name, do)
+		client, last = s.dialGuest(ctx, name)
 		return last == nil, nil
 	})
 	if err != nil {
 		return fmt.Errorf("%w; the last answer: %w", err, last)
 	}
-	return nil
+	defer client.Close()
+	return do(ctx, client)
 }
 
-func (s *Stack) call(ctx context.Context, name string, do func(context.Context, *proto.Client) error) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout, errors.New("it took too long"))
+// dialGuest returns a client that the guest has answered. A console belongs to
+// one client at a time, and to none while the VM moves.
+func (s *Stack) dialGuest(ctx context.Context, name string) (*proto.Client, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errors.New("it took too long"))
 	defer cancel()
 	conn, err := s.console(ctx, name)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c := proto.NewClient(conn)
-	defer c.Close()
-	return do(ctx, c)
+	if _, err := c.Resets(ctx); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
 }
 
 // console opens the VM's serial console.
