@@ -197,15 +197,18 @@ func (s *Stack) Ways(vmi string) []Way {
 			return s.CreateVMIM(ctx, "by-vmim", vmi)
 		}},
 		{"kubectl drain", func(ctx context.Context, from, _ string) error {
-			// It ends when the virtual machine's pod is gone from the node.
-			_, err := s.Kubectl(ctx, "", "drain", from, "--pod-selector=kubevirt.io=virt-launcher",
-				"--delete-emptydir-data", "--ignore-daemonsets", "--timeout="+moveTimeout.String())
-			if _, e := s.Kubectl(ctx, "", "uncordon", from); err == nil {
-				err = e
-			}
-			return err
+			return s.Drain(ctx, from, moveTimeout)
 		}},
 	}
+}
+
+// Drain has kubectl drain the node of virtual machines, which ends when their
+// pods are gone from it or after a time, and then opens the node again.
+func (s *Stack) Drain(ctx context.Context, node string, bound time.Duration) error {
+	_, err := s.Kubectl(ctx, "", "drain", node, "--pod-selector=kubevirt.io=virt-launcher",
+		"--delete-emptydir-data", "--ignore-daemonsets", "--timeout="+bound.String())
+	_, opened := s.Kubectl(ctx, "", "uncordon", node)
+	return errors.Join(err, opened)
 }
 
 // Way is a way to have a virtual machine moved.

@@ -20,6 +20,10 @@ import (
 const (
 	vm, vmMAC           = "vm", "52:54:00:c0:5c:01"
 	blocker, blockerMAC = "blocker", "52:54:00:c0:5c:02"
+
+	// refusedDrain is longer than a drain of a virtual machine that can move
+	// takes until it moves.
+	refusedDrain = 15 * time.Second
 )
 
 // TestMove: a virtual machine that names our binding gets its VF, and under
@@ -119,6 +123,11 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 	}
 	if err := stack.CreateVMIM(ctx, "refused", vm); err == nil || !strings.Contains(err.Error(), v1alpha1.ReasonNoFreeVF) {
 		t.Errorf("creating a VirtualMachineInstanceMigration: %v, want a refusal that names %s", err, v1alpha1.ReasonNoFreeVF)
+	}
+
+	// A drain waits, and the virtual machine stays.
+	if err := stack.Drain(ctx, from, refusedDrain); err == nil {
+		t.Error("the node was drained, with a virtual machine that cannot leave it")
 	}
 
 	after, err := stack.PodOf(ctx, vm)
