@@ -14,6 +14,7 @@ import (
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
@@ -154,6 +155,9 @@ func (s *Stack) Move(ctx context.Context, vmi string, g *traffic.Guest, how stri
 	if err != nil {
 		return nil, err
 	}
+	if err := s.AwaitMovable(ctx, vmi, Other(from)); err != nil {
+		return nil, err
+	}
 	known, err := s.Known(ctx)
 	if err != nil {
 		return nil, err
@@ -185,6 +189,22 @@ func (s *Stack) Move(ctx context.Context, vmi string, g *traffic.Guest, how stri
 		return nil, fmt.Errorf("VMI %s is on %s after its move, was on %s", vmi, to, from)
 	}
 	return &Move{How: how, From: from, To: to, Took: took, VFMigration: m, PingsLost: pings.Lost}, nil
+}
+
+// AwaitMovable waits until a VF is free on the node, which the one that a move
+// came from is only when its old pod has ended, and the manager has noticed.
+func (s *Stack) AwaitMovable(ctx context.Context, vmi, to string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, moveTimeout, errors.New("it took too long"))
+	defer cancel()
+	return s.Kube.Until(ctx, "VMI "+vmi+" to be movable to node "+to, func(ctx context.Context) (bool, error) {
+		free, err := s.FreeVFs(ctx, to)
+		if err != nil || free == 0 {
+			return false, err
+		}
+		v := &kubevirtv1.VirtualMachineInstance{}
+		err = s.Client().Get(ctx, client.ObjectKey{Namespace: Namespace, Name: vmi}, v)
+		return v.Annotations[kubevirt.AnnotationMigrationBlocked] == "", err
+	})
 }
 
 // Ways are the ways to move a virtual machine that users have.

@@ -73,6 +73,9 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 		t.Fatal(err)
 	}
 	to := Other(from)
+	if err := stack.AwaitMovable(ctx, vm, to); err != nil {
+		t.Fatal(err)
+	}
 	if err := stack.CreateVM(ctx, blocker, VMOptions{MAC: blockerMAC, Node: to, Paused: true}); err != nil {
 		t.Fatal(err)
 	}
