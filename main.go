@@ -102,6 +102,7 @@ func managerCommand() *cobra.Command {
 				return err
 			}
 			o.Logger = ctrl.Log
+			buildInfo.WithLabelValues(version, "manager").Set(1)
 			return controllers.Run(cmd.Context(), o)
 		},
 	}
@@ -132,6 +133,7 @@ func agentCommand() *cobra.Command {
 				return err
 			}
 			o.Log = slog.Default()
+			buildInfo.WithLabelValues(version, "agent").Set(1)
 			return agent.Run(cmd.Context(), o)
 		},
 	}

@@ -65,7 +65,6 @@ func Run(ctx context.Context, o Options) error {
 		work: newWorkers(o.Log), tries: newTries(),
 		hooked: o.HookSocket != "", found: found{qemus: launcher.New(o.ProcDir)},
 	}
-	buildInfo.WithLabelValues(o.Version, "agent").Set(1)
 	if err := a.setup(mgr); err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}

@@ -53,21 +53,17 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	meta.SetStatusCondition(&n.Status.Conditions, a.intact(ctx, n.Generation))
 	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
 	n.Status.PFs = nil
-	held := 0
 	for _, p := range pfs {
 		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend, Address: p.Address,
 			Driver: p.Driver, DriverVersion: p.DriverVersion, FirmwareVersion: p.Firmware}
 		for _, v := range p.VFs {
 			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID, Family: v.Family, Obstacle: cut(v.Obstacle, maxMessage)}
 			vf.Holder, vf.Epoch = holderShown(leases[v.Address])
-			if vf.Holder != "" {
-				held++
-			}
 			s.VFs = append(s.VFs, vf)
 		}
 		n.Status.PFs = append(n.Status.PFs, s)
 	}
-	pins.Set(float64(held))
+	observeNode(&n.Status)
 	if !equality.Semantic.DeepEqual(base.Status, n.Status) {
 		if err := a.client.Status().Patch(ctx, n, client.MergeFromWithOptions(base, client.MergeFromWithOptimisticLock{})); err != nil {
 			if apierrors.IsConflict(err) {

@@ -180,6 +180,7 @@ func soonest(a, b ctrl.Result) ctrl.Result {
 // VFMigration is reconciled at a time: what two for the same VM read before
 // they are accepted must not interleave.
 func (r *VFMigrationReconciler) SetupWithManager(mgr ctrl.Manager) error {
+	underWayNow.read(r.Client, r.Clock)
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("vfmigration").
 		For(&v1alpha1.VFMigration{}).

@@ -1,12 +1,9 @@
 package controllers
 
 import (
-	"math"
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	dto "github.com/prometheus/client_model/go"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	virtv1 "kubevirt.io/api/core/v1"
@@ -270,42 +267,6 @@ func TestDeletedUndoesFirst(t *testing.T) {
 		}
 		if got := c.Get(t.Context(), key, &v1alpha1.VFMigration{}) == nil; got != want.vfm {
 			t.Errorf("after reconcile %d the VFMigration exists: %t", i+1, got)
-		}
-	}
-}
-
-func TestMetrics(t *testing.T) {
-	f := reached(v1alpha1.ConditionVerified, virtv1.MigrationSucceeded)
-	f.vmi.Status.NodeName = "node-b"
-	f.vfm.Status.Downtime = &v1alpha1.Downtime{
-		VMStopped: metav1.Duration{Duration: 180 * time.Millisecond}, DeviceStopped: metav1.Duration{Duration: 90 * time.Millisecond},
-	}
-	read := func(m prometheus.Metric) *dto.Metric {
-		t.Helper()
-		out := &dto.Metric{}
-		if err := m.Write(out); err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
-	counter := migrations.WithLabelValues("succeeded", v1alpha1.ConditionSucceeded)
-	count, sums := read(counter).GetCounter().GetValue(), [2]float64{}
-	for i, h := range []prometheus.Histogram{vmStopped, deviceStopped} {
-		sums[i] = read(h).GetHistogram().GetSampleSum()
-	}
-	c := f.start(t)
-	for range 2 { // an ended migration is counted once
-		if _, err := c.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := read(counter).GetCounter().GetValue() - count; got != 1 {
-		t.Errorf("counted %v times", got)
-	}
-	for i, h := range []prometheus.Histogram{vmStopped, deviceStopped} {
-		want := []float64{0.18, 0.09}[i]
-		if got := read(h).GetHistogram().GetSampleSum() - sums[i]; math.Abs(got-want) > 1e-9 {
-			t.Errorf("%s: observed %v, want %v", h.Desc(), got, want)
 		}
 	}
 }

@@ -129,7 +129,7 @@ func (r *VFMigrationReconciler) tell(s *scope) {
 	default:
 		r.event(s, true, corev1.EventTypeNormal, EventSucceeded, "%s", summary.Message)
 	}
-	observeEnd(s.vfm)
+	observeEnd(s)
 }
 
 // event emits an event on the VFMigration, and if asked to on its VMI and on
