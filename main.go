@@ -34,8 +34,9 @@ var extras []func(root *cobra.Command)
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := rootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "compsc:", err)
+	c := program(os.Args)
+	if err := c.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, c.CommandPath()+":", err)
 		os.Exit(1)
 	}
 }
@@ -61,7 +62,7 @@ func rootCommand() *cobra.Command {
 		return nil
 	}
 	device := deviceCommand()
-	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand())
+	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand(), kubectlCommand())
 	if isSidecar() {
 		root.RunE = device.RunE
 	}
