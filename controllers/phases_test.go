@@ -100,8 +100,13 @@ func failure(reason, message string) func(*v1alpha1.VFMigrationStatus) {
 	}
 }
 
-func rollbackEvent(reason, message string) []string {
-	return []string{"VFMigration Warning VFRollback: " + reason + ": " + message}
+// rollbackEvent is told to the VM's owner too, unless that VM is no more.
+func (f *fixture) rollbackEvent(reason, message string) []string {
+	text := " Warning VFRollback: " + reason + ": " + message
+	if f.vmi == nil || f.vmi.CreationTimestamp.After(f.vfm.Status.StartTime.Time) {
+		return []string{"VFMigration" + text}
+	}
+	return []string{"VMI" + text, "VFMigration" + text}
 }
 
 // TestFail covers every way in which a migration under way turns into one that
@@ -219,7 +224,7 @@ func TestFail(t *testing.T) {
 			tc.arrange(tc.f)
 			tc.f.check(t, expect{
 				status:   failure(tc.reason, tc.message),
-				events:   rollbackEvent(tc.reason, tc.message),
+				events:   tc.f.rollbackEvent(tc.reason, tc.message),
 				vmimGone: tc.f.vmim != nil && tc.f.vmim.DeletionTimestamp != nil,
 			})
 		})

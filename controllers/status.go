@@ -22,7 +22,7 @@ const (
 	EventPreflightFailed = "PreflightFailed"
 	// EventTargetChosen: KubeVirt chose the target node.
 	EventTargetChosen = "TargetChosen"
-	// EventRollback: a migration is being undone.
+	// EventRollback: a migration is being undone. Also on the VMI.
 	EventRollback = "VFRollback"
 	// EventAdopted: a VirtualMachineInstanceMigration of somebody else got its
 	// VFMigration. On the VirtualMachineInstanceMigration.
@@ -117,7 +117,7 @@ func (r *VFMigrationReconciler) tell(s *scope) {
 	if failedNow && refused {
 		r.event(s, true, corev1.EventTypeWarning, EventPreflightFailed, "%s: %s", is.Failure.Reason, is.Failure.Message)
 	} else if failedNow {
-		r.event(s, false, corev1.EventTypeWarning, EventRollback, "%s: %s", is.Failure.Reason, is.Failure.Message)
+		r.event(s, true, corev1.EventTypeWarning, EventRollback, "%s: %s", is.Failure.Reason, is.Failure.Message)
 	}
 	summary := s.condition(v1alpha1.ConditionSucceeded)
 	switch {
