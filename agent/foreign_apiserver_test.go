@@ -298,7 +298,7 @@ func TestDrain(t *testing.T) {
 					if err := admin.Get(t.Context(), client.ObjectKeyFromObject(p), p); err != nil {
 						t.Fatal(err)
 					}
-					if err := os.RemoveAll(filepath.Dir(kubevirt.DeviceDir(d.to.podsDir, p.UID))); err != nil {
+					if err := os.RemoveAll(filepath.Dir(kubevirt.DeviceDir(d.to.podsDir, p.UID, 1))); err != nil {
 						t.Fatal(err)
 					}
 					if err := admin.Delete(t.Context(), p, client.GracePeriodSeconds(0)); err != nil {
