@@ -77,10 +77,13 @@ fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for F
 e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root).
 	@hack/test sriov $(TESTFLAGS)
 
+# What make test fuzzes: what a guest or a peer can reach in the running product.
+FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc
+
 .PHONY: test
 test: ## Run all tests: unit, fuzz, apiserver, qemu, e2e-sriov.
 	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory fuzz
+	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz $(FUZZED)
 	@$(MAKE) --no-print-directory apiserver
 	@$(MAKE) --no-print-directory qemu
 	@$(MAKE) --no-print-directory e2e-sriov
