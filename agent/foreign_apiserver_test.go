@@ -215,12 +215,23 @@ func (d *drain) told(reason string) {
 func (d *drain) free() {
 	d.t.Helper()
 	eventually(d.t, "the target's VFs are free", func() bool {
-		n := &v1alpha1.VFNode{}
-		if err := d.admin.Get(d.t.Context(), client.ObjectKey{Name: "b"}, n); err != nil || len(n.Status.PFs) == 0 {
-			return false
-		}
-		return !slices.ContainsFunc(n.Status.PFs[0].VFs, func(v v1alpha1.VFStatus) bool { return v.Holder != "" })
+		return !slices.ContainsFunc(d.holders("b"), func(holder string) bool { return holder != "" })
 	})
+}
+
+// holders tells who holds each VF of a node's PF, by the node's VFNode, for which
+// it waits.
+func (l *lab) holders(node string) []string {
+	l.t.Helper()
+	n := &v1alpha1.VFNode{}
+	eventually(l.t, "VFNode "+node, func() bool {
+		return l.client.Get(l.t.Context(), client.ObjectKey{Name: node}, n) == nil && len(n.Status.PFs) > 0 && len(n.Status.PFs[0].VFs) > 0
+	})
+	var holders []string
+	for _, vf := range n.Status.PFs[0].VFs {
+		holders = append(holders, vf.Holder)
+	}
+	return holders
 }
 
 func (d *drain) abort(spec bool) func() {
@@ -264,6 +275,7 @@ func TestDrain(t *testing.T) {
 	d.src, d.stopSrc = startDevice(t, d.from.podsDir, d.sPod.UID)
 	setPhase(t, admin, d.sPod, corev1.PodRunning)
 	eventually(t, "the VM's VF is attached", func() bool { return d.src.is(pb.Phase_PHASE_RUNNING) })
+	eventually(t, "node a says who holds the VF", func() bool { return l.holders("a")[0] != "" })
 	d.free()
 
 	kv := func(allow bool) *virtv1.KubeVirt {
@@ -288,10 +300,7 @@ func TestDrain(t *testing.T) {
 					_, stop := startDevice(t, d.to.podsDir, p.UID)
 					t.Cleanup(stop)
 				}
-				eventually(t, "the target's VFs are taken", func() bool {
-					n := &v1alpha1.VFNode{}
-					return admin.Get(t.Context(), client.ObjectKey{Name: "b"}, n) == nil && n.Status.PFs[0].VFs[0].Holder != "" && n.Status.PFs[0].VFs[1].Holder != ""
-				})
+				eventually(t, "the target's VFs are taken", func() bool { return !slices.Contains(l.holders("b"), "") })
 			}, func(t *testing.T) {
 				for i := range 2 {
 					p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: fmt.Sprintf("launcher-other-%d", i)}}
