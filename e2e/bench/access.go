@@ -62,14 +62,17 @@ func measureAccess(ctx context.Context, r *report, reference string) error {
 	// that ends them.
 	one, two := plan, plan
 	one.Processors, two.Processors = processors[:1], processors[:min(2, len(processors))]
-	plans := []accessPlan{one, two}
+	polling := two
+	polling.Polls = len(processors) > 1 // else the server could not run
+	plans := []accessPlan{one, two, polling}
 	var res []accessResult
 	if err := ask(ctx, "client", plans, &res); err != nil {
 		return err
 	}
-	r.addReads(" (one processor)", one, res[0], readTarget)
+	r.addReads(" (one processor)", one, res[0], 0)
 	if len(processors) > 1 {
 		r.addReads(" (two processors)", two, res[1], 0)
+		r.addReads(" (two processors, the client does not sleep)", polling, res[2], readTarget)
 	}
 	r.addPosts(" (one processor)", one, res[0], 0)
 	if len(processors) > 1 {

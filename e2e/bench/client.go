@@ -24,6 +24,9 @@ type accessPlan struct {
 	Rounds, Reads, Writes int
 	// Processors that client and server run on: one for both, or one each.
 	Processors []int
+	// Polls has the client look for the answer without sleeping: how long it
+	// takes to wake the client is then no part of the round trip.
+	Polls bool
 }
 
 // accessServer is one to be measured.
@@ -98,6 +101,7 @@ func (r *serverResult) round(c *rawConn, plan accessPlan, s accessServer, keep b
 	if err := errors.Join(pin(os.Getpid(), client), pin(s.PID, server)); err != nil {
 		return err
 	}
+	c.polls = plan.Polls
 	for n, off := range s.Registers {
 		err := r.Reads[n].sample(keep, s.PID, plan.Reads, func() {
 			for range plan.Reads {
@@ -162,14 +166,15 @@ func (a *accessSamples) sample(keep bool, pid, n int, do func()) error {
 	return nil
 }
 
-// rawConn is the client's end of a connection: blocking calls of the kernel and
-// nothing else. The first error stays, and later accesses do nothing.
+// rawConn is the client's end of a connection: calls of the kernel and nothing
+// else. The first error stays, and later accesses do nothing.
 type rawConn struct {
-	fd  int
-	id  uint16
-	err error
-	out [readReply]byte
-	in  [1024]byte
+	fd    int
+	polls bool // for an answer
+	id    uint16
+	err   error
+	out   [readReply]byte
+	in    [1024]byte
 }
 
 func dialRaw(s accessServer) (*rawConn, error) {
@@ -246,13 +251,13 @@ func (c *rawConn) message(cmd uint16, size, flags, off uint32) {
 	le.PutUint32(b[headerSize+12:], 4)
 }
 
-// transfer is read(2) or write(2). What the runtime does around a call that may
-// block is left out: this process has nothing else to do.
-func (c *rawConn) transfer(call uintptr, p []byte) {
+// transfer is sendto(2) or recvfrom(2). What the runtime does around a call that
+// may block is left out: this process has nothing else to do.
+func (c *rawConn) transfer(call uintptr, p []byte, flags uintptr) {
 	for len(p) > 0 && c.err == nil {
-		n, _, e := unix.RawSyscall(call, uintptr(c.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
+		n, _, e := unix.RawSyscall6(call, uintptr(c.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)), flags, 0, 0)
 		switch {
-		case e == unix.EINTR:
+		case e == unix.EINTR, e == unix.EAGAIN:
 		case e != 0:
 			c.err = e
 		case n == 0:
@@ -266,8 +271,12 @@ func (c *rawConn) transfer(call uintptr, p []byte) {
 // Read is a trapped read of BAR0.
 func (c *rawConn) Read(off uint32) uint32 {
 	c.message(cmdRegionRead, readRequest, 0, off)
-	c.transfer(unix.SYS_WRITE, c.out[:readRequest])
-	c.transfer(unix.SYS_READ, c.in[:readReply])
+	c.transfer(unix.SYS_SENDTO, c.out[:readRequest], 0)
+	flags := 0
+	if c.polls {
+		flags = unix.MSG_DONTWAIT
+	}
+	c.transfer(unix.SYS_RECVFROM, c.in[:readReply], uintptr(flags))
 	return le.Uint32(c.in[readRequest:])
 }
 
@@ -275,5 +284,5 @@ func (c *rawConn) Read(off uint32) uint32 {
 func (c *rawConn) Write(off, v uint32) {
 	c.message(cmdRegionWrite, readReply, flagNoReply, off)
 	le.PutUint32(c.out[readRequest:], v)
-	c.transfer(unix.SYS_WRITE, c.out[:readReply])
+	c.transfer(unix.SYS_SENDTO, c.out[:readReply], 0)
 }
