@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
 // Family is the register table and the mailbox dialect of one member of the
@@ -65,7 +66,7 @@ func newFamily(m Member) *Family {
 		f.queues = append(f.queues, family.Queue{
 			Direction: family.RX, Index: n,
 			BAL: RDBAL(n), BAH: RDBAH(n), LEN: RDLEN(n), Head: RDH(n), Tail: RDT(n), Ctl: RXDCTL(n),
-			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: intel.DescriptorSize,
 			Format: SRRCTL(n), Assign: IVAR0, AssignShift: 16 * uint(n),
 		})
 	}
@@ -75,8 +76,8 @@ func newFamily(m Member) *Family {
 			Direction: family.TX, Index: n,
 			BAL: TDBAL(n), BAH: TDBAH(n), LEN: TDLEN(n), Head: TDH(n), Tail: TDT(n), Ctl: TXDCTL(n),
 			WBAL: TDWBAL(n), WBAH: TDWBAH(n),
-			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
-			ContextSlots: contextSlots, Assign: IVAR0, AssignShift: 16*uint(n) + 8,
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: intel.DescriptorSize,
+			ContextSlots: intel.ContextSlots, Assign: IVAR0, AssignShift: 16*uint(n) + 8,
 		})
 	}
 	slices.SortFunc(f.registers, func(a, b family.Register) int { return int(a.Offset) - int(b.Offset) })
@@ -161,9 +162,12 @@ func (f *Family) Offer(replies [][]uint32) (family.Offer, error) {
 		return family.Offer{}, fmt.Errorf("igbvf probe: %d replies to %d messages", len(replies), len(requests))
 	}
 	for i, reply := range replies {
-		if _, err := verdict(requests[i], reply); err != nil {
+		if _, err := intel.Verdict(requests[i], reply); err != nil {
 			return family.Offer{}, fmt.Errorf("igbvf probe: %w", err)
 		}
 	}
 	return family.Offer{APIs: []uint32{onlyAPI}}, nil
 }
+
+// Descriptors gives the formats of the descriptors.
+func (f *Family) Descriptors() family.Descriptors { return intel.Descriptors{} }

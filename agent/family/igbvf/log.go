@@ -2,12 +2,11 @@ package igbvf
 
 import (
 	"bytes"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
 const (
@@ -18,7 +17,7 @@ const (
 	maxVLANs = 4096
 )
 
-type mac = [6]byte
+type mac = intel.MAC
 
 // promiscRequest is a request for promiscuous modes. The PF takes those up
 // that it has, also when it refuses the request for another.
@@ -75,24 +74,6 @@ var _ family.Log = (*Log)(nil)
 // largest frame, and answer nothing but a RESET message.
 func (l *Log) Reset() { l.settled = settled{} }
 
-// verdict tells whether a reply acknowledges its request. It fails when the
-// words are not a reply to that request.
-func verdict(request, reply []uint32) (acked bool, err error) {
-	if len(request) == 0 || len(reply) == 0 {
-		return false, errors.New("empty message")
-	}
-	if reply[0]&MsgIDMask != request[0]&MsgIDMask {
-		return false, fmt.Errorf("reply %#010x does not belong to request %#010x", reply[0], request[0])
-	}
-	switch reply[0] & (MsgACK | MsgNACK) {
-	case MsgACK:
-		return true, nil
-	case MsgNACK:
-		return false, nil
-	}
-	return false, fmt.Errorf("reply %#010x neither acknowledges nor refuses", reply[0])
-}
-
 // minWords is the length below which a request or its reply cannot be read.
 func minWords(id uint32) (request, reply int) {
 	switch id {
@@ -111,7 +92,7 @@ func minWords(id uint32) (request, reply int) {
 // as well and merely says that the PF has no address for the VF, and of
 // promiscuous modes the PF takes up those it has before it refuses the rest.
 func (l *Log) Completed(request, reply []uint32) {
-	acked, err := verdict(request, reply)
+	acked, err := intel.Verdict(request, reply)
 	if err != nil {
 		return
 	}
@@ -123,7 +104,7 @@ func (l *Log) Completed(request, reply []uint32) {
 		l.Reset()
 		l.ready, l.addressed = true, true
 		if acked {
-			l.mac = readMAC(reply[1:])
+			l.mac = intel.ReadMAC(reply[1:])
 		}
 		return
 	}
@@ -141,7 +122,7 @@ func (l *Log) Completed(request, reply []uint32) {
 func (l *Log) acknowledged(id, info uint32, request []uint32) {
 	switch id {
 	case MsgSetMAC:
-		l.setMAC(info, *readMAC(request[1:]))
+		l.setMAC(info, *intel.ReadMAC(request[1:]))
 	case MsgSetMulticast:
 		l.setMulticast(byte(info), request[1:])
 	case MsgSetVLAN:
@@ -182,10 +163,7 @@ func (l *Log) setMAC(info uint32, m mac) {
 
 func (l *Log) setMulticast(count byte, words []uint32) {
 	l.multicasts = count
-	l.multicast = make([]uint16, min(int(count), MaxMulticast, 2*len(words)))
-	for i := range l.multicast {
-		l.multicast[i] = uint16(words[i/2] >> (16 * (i % 2)))
-	}
+	l.multicast = intel.Hashes(min(int(count), MaxMulticast), words)
 }
 
 // setVLAN follows the PF driver: VLAN 0 is never removed, and any other
@@ -218,17 +196,4 @@ func (l *Log) Summary() family.Summary {
 		s.NotMigratable = fmt.Sprintf("the guest set more than %d further MAC addresses", maxFilters)
 	}
 	return s
-}
-
-// readMAC reads an address from two words, lowest byte first.
-func readMAC(words []uint32) *mac {
-	var b [8]byte
-	binary.LittleEndian.PutUint32(b[:], words[0])
-	binary.LittleEndian.PutUint32(b[4:], words[1])
-	return (*mac)(b[:6])
-}
-
-// macWords is the reverse of readMAC.
-func macWords(m mac) (low, high uint32) {
-	return binary.LittleEndian.Uint32(m[:4]), uint32(binary.LittleEndian.Uint16(m[4:]))
 }

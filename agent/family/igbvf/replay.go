@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
 // resetName names the reset of a VF by its reset bit among messages.
@@ -58,7 +59,7 @@ func (m *messages) add(name string, words ...uint32) {
 // anyVerdict is a message whose reply does not matter.
 func anyVerdict(name string, words ...uint32) family.Message {
 	return family.Message{Name: name, Words: words, Check: func(reply []uint32) error {
-		_, err := verdict(words, reply)
+		_, err := intel.Verdict(words, reply)
 		return err
 	}}
 }
@@ -70,14 +71,14 @@ func (l *Log) replayAddress() messages {
 	var has *mac
 	reset := []uint32{MsgReset}
 	list := messages{{Name: "RESET", Words: reset, Check: func(reply []uint32) error {
-		acked, err := verdict(reset, reply)
+		acked, err := intel.Verdict(reset, reply)
 		switch _, want := minWords(MsgReset); {
 		case err != nil:
 			return err
 		case len(reply) < want:
 			return fmt.Errorf("reply has %d words, want %d", len(reply), want)
 		case acked:
-			has = readMAC(reply[1:])
+			has = intel.ReadMAC(reply[1:])
 		}
 		return nil
 	}}}
@@ -85,10 +86,10 @@ func (l *Log) replayAddress() messages {
 		return list
 	}
 	m := *l.mac
-	low, high := macWords(m)
+	low, high := intel.MACWords(m)
 	set := []uint32{MsgSetMAC, low, high}
 	return append(list, family.Message{Name: "SET_MAC_ADDR", Words: set, Check: func(reply []uint32) error {
-		acked, err := verdict(set, reply)
+		acked, err := intel.Verdict(set, reply)
 		if err != nil || acked || has != nil && *has == m {
 			return err
 		}
@@ -102,7 +103,7 @@ func clearFilters(m *mac) []uint32 {
 	if m == nil {
 		m = &mac{0x02, 0, 0, 0, 0, 1} // locally administered
 	}
-	low, high := macWords(*m)
+	low, high := intel.MACWords(*m)
 	return []uint32{MsgSetMAC | MACFilterClear<<MsgInfoShift, low, high}
 }
 
@@ -115,7 +116,7 @@ func (l *Log) replayKept() (list messages) {
 		list.add("SET_MAC_ADDR, clear filters", clearFilters(l.mac)...)
 	}
 	for _, m := range l.filters {
-		low, high := macWords(m)
+		low, high := intel.MACWords(m)
 		list.add("SET_MAC_ADDR, add filter", MsgSetMAC|MACFilterAdd<<MsgInfoShift, low, high)
 	}
 	return list
@@ -156,7 +157,7 @@ func (l *Log) multicastWords() []uint32 {
 func (p promiscRequest) replay() family.Message {
 	request := []uint32{MsgSetPromisc | uint32(p.modes)<<MsgInfoShift}
 	return family.Message{Name: "SET_PROMISC", Words: request, Check: func(reply []uint32) error {
-		acked, err := verdict(request, reply)
+		acked, err := intel.Verdict(request, reply)
 		if err == nil && acked != p.granted {
 			err = fmt.Errorf("modes %#x are granted: %v, but were granted before: %v: use the same PF driver on both nodes", p.modes, acked, p.granted)
 		}
@@ -168,7 +169,7 @@ func (p promiscRequest) replay() family.Message {
 // on the source.
 func acknowledges(request []uint32) func([]uint32) error {
 	return func(reply []uint32) error {
-		acked, err := verdict(request, reply)
+		acked, err := intel.Verdict(request, reply)
 		if err == nil && !acked {
 			err = fmt.Errorf("the PF refuses (%#010x) what the PF of the source granted: "+
 				"it may be out of filters, or the VF has another trust or port VLAN there", reply[0])

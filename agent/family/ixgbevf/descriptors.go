@@ -4,140 +4,33 @@ import (
 	"encoding/binary"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
-// contextSlots is how many offload contexts a transmit queue remembers.
-const contextSlots = 2
-
-// Fields of descriptors: in dword 2 of transmit descriptors the command, in
-// dword 3 their status; in dword 2 of advanced receive descriptors written
-// back the status, which legacy ones have in byte 12.
+// Of a frame coalesced from several: RSCCNT in dword 0 of each receive
+// descriptor, NEXTP in dword 2 of all but the last, which has EOP.
 const (
-	txDEXT      = 1 << 29 // advanced format
-	txEOP       = 1 << 24
-	txRS        = 1 << 27
-	txTypeMask  = 0xf << 20
-	txContext   = 2 << 20
-	txSlot      = 1 << 4 // dword 3 of a context descriptor
-	descDD      = 1 << 0
-	rxEOP       = 1 << 1
-	srrctlType  = 7 << 25 // DESCTYPE in VFSRRCTL
-	macLenShift = 9       // MACLEN in dword 0 of a context descriptor
-
-	// Of a frame coalesced from several: RSCCNT in dword 0 of each descriptor,
-	// NEXTP in dword 2 of all but the last.
 	rxCount     = 0xf << 17
 	rxNext      = 0xffff << rxNextShift
 	rxNextShift = 4
 )
 
-// descriptors implements family.Descriptors for the 82599's legacy and
-// advanced formats (datasheet, descriptor formats; Linux ixgbevf.h).
-type descriptors struct{}
+// descriptors are Intel's with receive side coalescing.
+type descriptors struct{ intel.Descriptors }
 
 // Descriptors gives the formats of the descriptors.
 func (f *Family) Descriptors() family.Descriptors { return descriptors{} }
 
-func dword(d []byte, n int) uint32 { return binary.LittleEndian.Uint32(d[4*n:]) }
-
-// ContextSlot tells which slot a context descriptor fills (IDX).
-func (descriptors) ContextSlot(d []byte) (slot int, ok bool) {
-	if dword(d, 2)&(txDEXT|txTypeMask) != txDEXT|txContext {
-		return 0, false
-	}
-	return int(dword(d, 3) / txSlot & (contextSlots - 1)), true
-}
-
-// IdleContext is a context for plain IPv4 over Ethernet.
-func (descriptors) IdleContext() []byte {
-	d := make([]byte, descriptorSize)
-	binary.LittleEndian.PutUint32(d, 14<<macLenShift|20)
-	binary.LittleEndian.PutUint32(d[8:], txDEXT|txContext)
-	return d
-}
-
-// Buffer has the packet buffer's address in the first quadword and the header
-// buffer's in the second, of which the legacy format makes nothing.
-func (descriptors) Buffer(packet, header uint64) []byte {
-	d := make([]byte, descriptorSize)
-	binary.LittleEndian.PutUint64(d, packet)
-	binary.LittleEndian.PutUint64(d[8:], header)
-	return d
-}
-
-// Done looks for DD.
-func (descriptors) Done(d family.Direction, format uint32, b []byte) bool {
-	return status(d, format, b)&descDD != 0
-}
-
-// EndOfPacket looks for EOP.
-func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool {
-	if d == family.TX {
-		return dword(b, 2)&txEOP != 0
-	}
-	return status(d, format, b)&rxEOP != 0
-}
-
 // Next has NEXTP where RSCCNT tells of coalescing, as Linux's ixgbe driver and
-// DPDK's take it.
-func (descriptors) Next(format uint32, b []byte) (index uint32, ok bool) {
-	if format&srrctlType == 0 || dword(b, 0)&rxCount == 0 || dword(b, 2)&rxEOP != 0 {
+// DPDK's take it. Descriptors of the legacy format do not have it.
+func (d descriptors) Next(format uint32, b []byte) (index uint32, ok bool) {
+	if intel.Legacy(format) || binary.LittleEndian.Uint32(b)&rxCount == 0 || d.EndOfPacket(family.RX, format, b) {
 		return 0, false
 	}
-	return dword(b, 2) & rxNext >> rxNextShift, true
+	return binary.LittleEndian.Uint32(b[8:]) & rxNext >> rxNextShift, true
 }
 
 // SetNext replaces NEXTP.
 func (descriptors) SetNext(_ uint32, b []byte, index uint32) {
-	binary.LittleEndian.PutUint32(b[8:], dword(b, 2)&^rxNext|index<<rxNextShift)
-}
-
-// HandOver clears DD. Linux's driver keys on the length instead and leaves it;
-// as a bit of a header buffer's address it is zero anyway.
-func (descriptors) HandOver(format uint32, b []byte) {
-	if format&srrctlType == 0 {
-		b[12] &^= descDD
-	} else {
-		b[8] &^= descDD
-	}
-}
-
-// Reports looks for RS.
-func (descriptors) Reports(b []byte) bool { return dword(b, 2)&txRS != 0 }
-
-// Packet is false for context descriptors alone.
-func (f descriptors) Packet(b []byte) bool {
-	_, context := f.ContextSlot(b)
-	return !context
-}
-
-// Sizes in VFSRRCTL: of a packet's buffer in KiB, of a header's in 64 bytes.
-const (
-	srrctlPacket      = 0x7f
-	srrctlHeader      = 0x3f
-	srrctlHeaderShift = 8
-	// What a packet's buffer has when none is given (the reset value).
-	defaultBuffer = 2
-)
-
-// Buffers reads the addresses of advanced descriptors with and without header
-// buffers; legacy ones have one buffer too.
-func (descriptors) Buffers(format uint32, d []byte) (packet, header family.Span) {
-	packet = family.Span{Addr: binary.LittleEndian.Uint64(d), Size: format & srrctlPacket << 10}
-	if packet.Size == 0 {
-		packet.Size = defaultBuffer << 10
-	}
-	// DESCTYPE 0 and 1 have one buffer; in all others the second quadword is
-	// the header's, its lowest bit being DD.
-	if format&srrctlType > 1<<25 {
-		header = family.Span{Addr: binary.LittleEndian.Uint64(d[8:]) &^ 1, Size: format >> srrctlHeaderShift & srrctlHeader << 6}
-	}
-	return packet, header
-}
-
-func status(d family.Direction, format uint32, b []byte) uint32 {
-	if d == family.TX || format&srrctlType == 0 {
-		return dword(b, 3)
-	}
-	return dword(b, 2)
+	binary.LittleEndian.PutUint32(b[8:], binary.LittleEndian.Uint32(b[8:])&^rxNext|index<<rxNextShift)
 }

@@ -5,10 +5,8 @@ import (
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
-
-// descriptorSize is the size of every descriptor in bytes.
-const descriptorSize = 16
 
 // Family is the register table and the mailbox dialect of a VF with a certain
 // number of queue pairs. It is immutable and safe for concurrent use.
@@ -85,7 +83,7 @@ func newFamily(m Member, queuePairs int) *Family {
 			Direction: family.RX, Index: n,
 			BAL: VFRDBAL(n), BAH: VFRDBAH(n), LEN: VFRDLEN(n),
 			Head: VFRDH(n), Tail: VFRDT(n), Ctl: VFRXDCTL(n),
-			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: intel.DescriptorSize,
 			Format: VFSRRCTL(n), Coalesce: VFRSCCTL(n), CoalesceEnable: RSCCTLEnable,
 			Assign: VTIVAR(n / 2), AssignShift: 16 * uint(n%2),
 		})
@@ -97,8 +95,8 @@ func newFamily(m Member, queuePairs int) *Family {
 			BAL: VFTDBAL(n), BAH: VFTDBAH(n), LEN: VFTDLEN(n),
 			Head: VFTDH(n), Tail: VFTDT(n), Ctl: VFTXDCTL(n),
 			WBAL: VFTDWBAL(n), WBAH: VFTDWBAH(n),
-			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: descriptorSize,
-			ContextSlots: contextSlots, Assign: VTIVAR(n / 2), AssignShift: 16*uint(n%2) + 8,
+			Enable: QueueEnable, Flush: QueueFlush, DescriptorSize: intel.DescriptorSize,
+			ContextSlots: intel.ContextSlots, Assign: VTIVAR(n / 2), AssignShift: 16*uint(n%2) + 8,
 		})
 	}
 	slices.SortFunc(f.registers, func(a, b family.Register) int { return int(a.Offset) - int(b.Offset) })
@@ -190,7 +188,7 @@ func (f *Family) Offer(replies [][]uint32) (family.Offer, error) {
 	}
 	var offer family.Offer
 	for i, reply := range replies {
-		acked, err := verdict(requests[i], reply)
+		acked, err := intel.Verdict(requests[i], reply)
 		if err != nil {
 			return family.Offer{}, fmt.Errorf("ixgbevf probe: %w", err)
 		}

@@ -2,12 +2,11 @@ package ixgbevf
 
 import (
 	"bytes"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
 const (
@@ -20,7 +19,7 @@ const (
 	maxVLANs = 4096
 )
 
-type mac = [6]byte
+type mac = intel.MAC
 
 // modeRequest is a request for a mode and what the PF granted.
 type modeRequest struct{ asked, granted uint32 }
@@ -83,24 +82,6 @@ func (l *Log) Reset() {
 	*l = Log{mac: l.mac, kept: l.kept}
 }
 
-// verdict tells whether a reply acknowledges its request. It fails when the
-// words are not a reply to that request.
-func verdict(request, reply []uint32) (acked bool, err error) {
-	if len(request) == 0 || len(reply) == 0 {
-		return false, errors.New("empty message")
-	}
-	if reply[0]&MsgIDMask != request[0]&MsgIDMask {
-		return false, fmt.Errorf("reply %#010x does not belong to request %#010x", reply[0], request[0])
-	}
-	switch reply[0] & (MsgACK | MsgNACK) {
-	case MsgACK:
-		return true, nil
-	case MsgNACK:
-		return false, nil
-	}
-	return false, fmt.Errorf("reply %#010x neither acknowledges nor refuses", reply[0])
-}
-
 // minWords is the length below which a request or its reply cannot be read.
 func minWords(id uint32) (request, reply int) {
 	switch id {
@@ -122,7 +103,7 @@ func minWords(id uint32) (request, reply int) {
 // changes the record, but for RESET: refused, it is complete as well and
 // merely says that the PF has no address for the VF.
 func (l *Log) Completed(request, reply []uint32) {
-	acked, err := verdict(request, reply)
+	acked, err := intel.Verdict(request, reply)
 	if err != nil {
 		return
 	}
@@ -134,7 +115,7 @@ func (l *Log) Completed(request, reply []uint32) {
 		l.Reset()
 		l.ready, l.mo = true, reply[3]
 		if acked {
-			l.mac = readMAC(reply[1:])
+			l.mac = intel.ReadMAC(reply[1:])
 		}
 		return
 	}
@@ -155,7 +136,7 @@ func (l *Log) acknowledged(id uint32, request, reply []uint32) {
 	info := request[0] >> MsgInfoShift & MsgInfoMask
 	switch id {
 	case MsgSetMAC:
-		l.mac = readMAC(request[1:])
+		l.mac = intel.ReadMAC(request[1:])
 	case MsgSetMulticast:
 		l.setMulticast(int(info), request[1:])
 	case MsgSetVLAN:
@@ -201,11 +182,7 @@ func (l *Log) setXcast(m modeRequest) {
 }
 
 func (l *Log) setMulticast(count int, words []uint32) {
-	count = min(count, MaxMulticast, 2*len(words))
-	l.multicast = make([]uint16, count)
-	for i := range l.multicast {
-		l.multicast[i] = uint16(words[i/2] >> (16 * (i % 2)))
-	}
+	l.multicast = intel.Hashes(min(count, MaxMulticast), words)
 	l.listed = true
 }
 
@@ -233,7 +210,7 @@ func (l *Log) setMACVLAN(index uint32, words []uint32) {
 		l.overflow = true
 		return
 	}
-	l.macVLANs = append(l.macVLANs, *readMAC(words))
+	l.macVLANs = append(l.macVLANs, *intel.ReadMAC(words))
 }
 
 // Summary tells what the target's verdict needs.
@@ -255,17 +232,4 @@ func (l *Log) Summary() family.Summary {
 		s.NotMigratable = fmt.Sprintf("the guest set more than %d further MAC addresses", maxMACVLANs)
 	}
 	return s
-}
-
-// readMAC reads an address from two words, lowest byte first.
-func readMAC(words []uint32) *mac {
-	var b [8]byte
-	binary.LittleEndian.PutUint32(b[:], words[0])
-	binary.LittleEndian.PutUint32(b[4:], words[1])
-	return (*mac)(b[:6])
-}
-
-// macWords is the reverse of readMAC.
-func macWords(m mac) (low, high uint32) {
-	return binary.LittleEndian.Uint32(m[:4]), uint32(binary.LittleEndian.Uint16(m[4:]))
 }

@@ -1,31 +1,26 @@
 package ixgbevf
 
-// MailboxWords is the length of the mailbox memory in dwords.
-const MailboxWords = 16
+import "compsc.io/compsc/agent/family/intel"
 
-// Bits of VFMAILBOX. "VF" and "PF" tell who sets the bit.
+// The mailbox of Intel's VFs, as intel describes it.
 const (
-	MailboxREQ   = 1 << 0 // VF: a message is in the memory
-	MailboxACK   = 1 << 1 // VF: the PF's message was read
-	MailboxVFU   = 1 << 2 // VF: owns the memory
-	MailboxPFU   = 1 << 3 // PF: owns the memory
-	MailboxPFSTS = 1 << 4 // PF: a message is in the memory; read-clear
-	MailboxPFACK = 1 << 5 // PF: the VF's message was read; read-clear
-	MailboxRSTI  = 1 << 6 // PF: a reset is in progress
-	MailboxRSTD  = 1 << 7 // PF: a reset is done; read-clear
-	// MailboxReadClear has the bits that a read of VFMAILBOX clears.
-	MailboxReadClear = MailboxPFSTS | MailboxPFACK | MailboxRSTD
-)
-
-// Word 0 of a message.
-const (
-	MsgIDMask    = 0xffff  // message id
-	MsgInfoShift = 16      // MSGINFO, an argument of the message
-	MsgInfoMask  = 0xff    // MSGINFO after the shift
-	MsgACK       = 1 << 31 // reply: done
-	MsgNACK      = 1 << 30 // reply: refused
-	MsgCTS       = 1 << 29 // from the PF: the VF is clear to send messages
-	MsgPFControl = 0x0100  // unsolicited message of the PF ("ping")
+	MailboxWords     = intel.MailboxWords
+	MailboxREQ       = intel.MailboxREQ
+	MailboxACK       = intel.MailboxACK
+	MailboxVFU       = intel.MailboxVFU
+	MailboxPFU       = intel.MailboxPFU
+	MailboxPFSTS     = intel.MailboxPFSTS
+	MailboxPFACK     = intel.MailboxPFACK
+	MailboxRSTI      = intel.MailboxRSTI
+	MailboxRSTD      = intel.MailboxRSTD
+	MailboxReadClear = intel.MailboxReadClear
+	MsgIDMask        = intel.MsgIDMask
+	MsgInfoShift     = intel.MsgInfoShift
+	MsgInfoMask      = intel.MsgInfoMask
+	MsgACK           = intel.MsgACK
+	MsgNACK          = intel.MsgNACK
+	MsgCTS           = intel.MsgCTS
+	MsgPFControl     = intel.MsgPFControl
 )
 
 // Message ids (drivers/net/ethernet/intel/ixgbevf/mbx.h).

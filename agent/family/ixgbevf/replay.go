@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"compsc.io/compsc/agent/family"
+	"compsc.io/compsc/agent/family/intel"
 )
 
 // Replay lists the messages that bring the PF of a VF that was just reset to
@@ -42,7 +43,7 @@ func (l *Log) Replay() []family.Message {
 		messages = append(messages, family.Message{Name: "SET_LPE", Words: words, Check: refuses(words)})
 	}
 	if l.mac != nil {
-		low, high := macWords(*l.mac)
+		low, high := intel.MACWords(*l.mac)
 		add("SET_MAC_ADDR", MsgSetMAC, low, high)
 	}
 	if l.unchecked && len(l.macVLANs) == 0 {
@@ -52,7 +53,7 @@ func (l *Log) Replay() []family.Message {
 		add("SET_MACVLAN", MsgSetMACVLAN, 0, 0)
 	}
 	for i, m := range l.macVLANs {
-		low, high := macWords(m)
+		low, high := intel.MACWords(m)
 		add("SET_MACVLAN", MsgSetMACVLAN|uint32(i+1)<<MsgInfoShift, low, high)
 	}
 	for _, id := range l.vlans {
@@ -87,7 +88,7 @@ func (l *Log) replayKept() []family.Message {
 	}
 	reset := []uint32{MsgReset}
 	messages = append(messages, family.Message{Name: "RESET", Words: reset, Check: func(reply []uint32) error {
-		_, err := verdict(reset, reply)
+		_, err := intel.Verdict(reset, reply)
 		return err
 	}})
 	if mode {
@@ -95,7 +96,7 @@ func (l *Log) replayKept() []family.Message {
 		messages = append(messages, replayXcast(*l.xcast)...)
 	}
 	if l.mac != nil {
-		low, high := macWords(*l.mac)
+		low, high := intel.MACWords(*l.mac)
 		add("SET_MAC_ADDR", MsgSetMAC, low, high)
 	}
 	if l.unchecked {
@@ -111,7 +112,7 @@ func (l *Log) replayUnchecked() []family.Message {
 	if l.mac != nil {
 		m = *l.mac
 	}
-	low, high := macWords(m)
+	low, high := intel.MACWords(m)
 	add, clear := []uint32{MsgSetMACVLAN | 1<<MsgInfoShift, low, high}, []uint32{MsgSetMACVLAN, 0, 0}
 	return []family.Message{
 		{Name: "SET_MACVLAN", Words: add, Check: acknowledges(add)},
@@ -125,7 +126,7 @@ func (l *Log) replayUnchecked() []family.Message {
 func (l *Log) replayReset() family.Message {
 	request := []uint32{MsgReset}
 	return family.Message{Name: "RESET", Words: request, Check: func(reply []uint32) error {
-		if _, err := verdict(request, reply); err != nil {
+		if _, err := intel.Verdict(request, reply); err != nil {
 			return err
 		}
 		if len(reply) < resetReplyWords {
@@ -193,7 +194,7 @@ func replayXcast(m modeRequest) []family.Message {
 // on the source.
 func acknowledges(request []uint32) func([]uint32) error {
 	return func(reply []uint32) error {
-		acked, err := verdict(request, reply)
+		acked, err := intel.Verdict(request, reply)
 		if err != nil {
 			return err
 		}
@@ -208,7 +209,7 @@ func acknowledges(request []uint32) func([]uint32) error {
 // source.
 func refuses(request []uint32) func([]uint32) error {
 	return func(reply []uint32) error {
-		acked, err := verdict(request, reply)
+		acked, err := intel.Verdict(request, reply)
 		if err != nil {
 			return err
 		}

@@ -1,4 +1,7 @@
-package igbvf
+// Package intel has what the VFs of Intel's families have in common: the formats
+// of descriptors, which the 82576 brought and the 82599 took over, and the shape
+// of mailbox messages.
+package intel
 
 import (
 	"encoding/binary"
@@ -7,10 +10,10 @@ import (
 )
 
 const (
-	// descriptorSize is the size of every descriptor in bytes.
-	descriptorSize = 16
-	// contextSlots is how many offload contexts a transmit queue remembers.
-	contextSlots = 2
+	// DescriptorSize is the size of every descriptor in bytes.
+	DescriptorSize = 16
+	// ContextSlots is how many offload contexts a transmit queue remembers.
+	ContextSlots = 2
 )
 
 // Fields of descriptors: in dword 2 of transmit descriptors the command, in
@@ -29,38 +32,30 @@ const (
 	macLenShift = 9       // MACLEN in dword 0 of a context descriptor
 )
 
-// Fields of SRRCTL: the sizes of a packet's buffer in KiB and of a header's in
-// units of 64 bytes (82576 datasheet 8.10.2).
-const (
-	srrctlPacket      = 0x7f
-	srrctlHeader      = 0x3f
-	srrctlHeaderShift = 8
-	// What a packet's buffer has, in KiB, when SRRCTL gives none: RCTL.BSIZE as
-	// PFs leave it.
-	defaultBuffer = 2
-)
+// Descriptors implements family.Descriptors for the legacy and the advanced
+// formats (82576 datasheet 7.1.5 and 7.2.2, Linux igb/e1000_82575.h; of the
+// 82599, Linux ixgbevf.h) without receive side coalescing, which the 82576 does
+// not have.
+type Descriptors struct{}
 
-// descriptors implements family.Descriptors for the 82576's legacy and
-// advanced formats (Linux igb/e1000_82575.h). They are those of the 82599 but
-// for receive side coalescing, which the 82576 does not have.
-type descriptors struct{}
+// Legacy tells whether a receive ring with that value of SRRCTL has descriptors
+// of the legacy format.
+func Legacy(format uint32) bool { return format&srrctlType == 0 }
 
-// Descriptors gives the formats of the descriptors.
-func (f *Family) Descriptors() family.Descriptors { return descriptors{} }
-
+// dword is the n-th of a descriptor.
 func dword(d []byte, n int) uint32 { return binary.LittleEndian.Uint32(d[4*n:]) }
 
 // ContextSlot tells which slot a context descriptor fills (IDX).
-func (descriptors) ContextSlot(d []byte) (slot int, ok bool) {
+func (Descriptors) ContextSlot(d []byte) (slot int, ok bool) {
 	if dword(d, 2)&(txDEXT|txTypeMask) != txDEXT|txContext {
 		return 0, false
 	}
-	return int(dword(d, 3) / txSlot & (contextSlots - 1)), true
+	return int(dword(d, 3) / txSlot & (ContextSlots - 1)), true
 }
 
 // IdleContext is a context for plain IPv4 over Ethernet.
-func (descriptors) IdleContext() []byte {
-	d := make([]byte, descriptorSize)
+func (Descriptors) IdleContext() []byte {
+	d := make([]byte, DescriptorSize)
 	binary.LittleEndian.PutUint32(d, 14<<macLenShift|20)
 	binary.LittleEndian.PutUint32(d[8:], txDEXT|txContext)
 	return d
@@ -68,20 +63,20 @@ func (descriptors) IdleContext() []byte {
 
 // Buffer has the packet buffer's address in the first quadword and the header
 // buffer's in the second, of which the legacy format makes nothing.
-func (descriptors) Buffer(packet, header uint64) []byte {
-	d := make([]byte, descriptorSize)
+func (Descriptors) Buffer(packet, header uint64) []byte {
+	d := make([]byte, DescriptorSize)
 	binary.LittleEndian.PutUint64(d, packet)
 	binary.LittleEndian.PutUint64(d[8:], header)
 	return d
 }
 
 // Done looks for DD.
-func (descriptors) Done(d family.Direction, format uint32, b []byte) bool {
+func (Descriptors) Done(d family.Direction, format uint32, b []byte) bool {
 	return status(d, format, b)&descDD != 0
 }
 
 // EndOfPacket looks for EOP.
-func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool {
+func (Descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool {
 	if d == family.TX {
 		return dword(b, 2)&txEOP != 0
 	}
@@ -89,14 +84,15 @@ func (descriptors) EndOfPacket(d family.Direction, format uint32, b []byte) bool
 }
 
 // Next is never told: there is no coalescing.
-func (descriptors) Next(uint32, []byte) (index uint32, ok bool) { return 0, false }
+func (Descriptors) Next(uint32, []byte) (index uint32, ok bool) { return 0, false }
 
 // SetNext has nothing to change.
-func (descriptors) SetNext(uint32, []byte, uint32) {}
+func (Descriptors) SetNext(uint32, []byte, uint32) {}
 
-// HandOver clears DD. As a bit of a header buffer's address it is zero anyway.
-func (descriptors) HandOver(format uint32, b []byte) {
-	if format&srrctlType == 0 {
+// HandOver clears DD. Linux's driver keys on the length instead and leaves it;
+// as a bit of a header buffer's address it is zero anyway.
+func (Descriptors) HandOver(format uint32, b []byte) {
+	if Legacy(format) {
 		b[12] &^= descDD
 	} else {
 		b[8] &^= descDD
@@ -104,17 +100,28 @@ func (descriptors) HandOver(format uint32, b []byte) {
 }
 
 // Reports looks for RS.
-func (descriptors) Reports(b []byte) bool { return dword(b, 2)&txRS != 0 }
+func (Descriptors) Reports(b []byte) bool { return dword(b, 2)&txRS != 0 }
 
 // Packet is false for context descriptors alone.
-func (f descriptors) Packet(b []byte) bool {
+func (f Descriptors) Packet(b []byte) bool {
 	_, context := f.ContextSlot(b)
 	return !context
 }
 
+// Fields of SRRCTL: the sizes of a packet's buffer in KiB and of a header's in
+// units of 64 bytes (82576 datasheet 8.10.2).
+const (
+	srrctlPacket      = 0x7f
+	srrctlHeader      = 0x3f
+	srrctlHeaderShift = 8
+	// What a packet's buffer has, in KiB, when SRRCTL gives none: the 82599's
+	// reset value, and RCTL.BSIZE as PFs of the 82576 leave it.
+	defaultBuffer = 2
+)
+
 // Buffers reads the addresses of advanced descriptors with and without header
 // buffers; legacy ones have one buffer too.
-func (descriptors) Buffers(format uint32, d []byte) (packet, header family.Span) {
+func (Descriptors) Buffers(format uint32, d []byte) (packet, header family.Span) {
 	packet = family.Span{Addr: binary.LittleEndian.Uint64(d), Size: format & srrctlPacket << 10}
 	if packet.Size == 0 {
 		packet.Size = defaultBuffer << 10
@@ -128,7 +135,7 @@ func (descriptors) Buffers(format uint32, d []byte) (packet, header family.Span)
 }
 
 func status(d family.Direction, format uint32, b []byte) uint32 {
-	if d == family.TX || format&srrctlType == 0 {
+	if d == family.TX || Legacy(format) {
 		return dword(b, 3)
 	}
 	return dword(b, 2)
