@@ -57,7 +57,10 @@ func (g *traveller) attach(spoil func(*model.Config)) {
 	g.t.Cleanup(m.Close)
 	v := compsc.New(ixgbevf.New(cfg.QueuePairs), m, compsc.Options{
 		VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID, Memory: g.mem, Scratch: scratch,
-		Logger: slog.New(slog.DiscardHandler)})
+		// On a busy machine the model may not get a processor for a while; contexts
+		// that it does not load in time are done without.
+		QueueTimeout: 500 * time.Millisecond,
+		Logger:       slog.New(slog.DiscardHandler)})
 	engine.Store(v)
 	g.m, g.vf = m, v
 }
