@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 	"time"
 
@@ -168,10 +167,4 @@ func (m *Monitor) hmp(ctx context.Context, line string) (string, error) {
 	var out string
 	err := m.Run(ctx, "human-monitor-command", map[string]string{"command-line": line}, &out)
 	return out, err
-}
-
-// Exists tells whether QEMU has created its monitor socket.
-func Exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
 }

@@ -238,15 +238,8 @@ func poll(ctx context.Context, what string, ok func(context.Context) (bool, erro
 	}
 }
 
-// LogDir is where the programs of the control plane log; a node's own logs
-// are NodeFiles below /var/log.
+// LogDir is where the programs of the control plane log.
 func (c *Cluster) LogDir() string { return filepath.Join(c.lab.Dir, "log") }
-
-// NodeFile is a path on a node as this process reaches it, for files that are
-// not on a mount of the node's own, such as its logs.
-func (c *Cluster) NodeFile(node, path string) string {
-	return filepath.Join(c.stateDir(node), "upper", path)
-}
 
 // ConfigDir is a directory of this process's that the node has as
 // /etc/kubernetes.

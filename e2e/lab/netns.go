@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 
 	"github.com/vishvananda/netlink"
@@ -54,9 +53,6 @@ func disableIPv6() {
 		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+c+"/disable_ipv6", []byte("1"), 0)
 	}
 }
-
-// Path is a file that stands for the namespace.
-func (n *NS) Path() string { return filepath.Join(nsDir, n.Name) }
 
 // Do runs fn on an operating system thread that is in the namespace. Sockets
 // that fn makes stay in it; goroutines that fn starts do not run in it.
