@@ -105,7 +105,8 @@ func TestAdoptedRefusalAgainstTheAPIServer(t *testing.T) {
 	p := newPlay(t)
 	n := &v1alpha1.VFNode{}
 	p.Expect(admin.Get(t.Context(), client.ObjectKey{Name: p.target}, n)).To(gomega.Succeed())
-	n.Status.PFs[0].VFs[0].Holder = "other/pod"
+	p.createHolder("holder", p.target)
+	n.Status.PFs[0].VFs[0].Holder = p.ns + "/holder"
 	p.Expect(admin.Status().Update(t.Context(), n)).To(gomega.Succeed())
 
 	p.evacuate()

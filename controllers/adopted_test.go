@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	virtv1 "kubevirt.io/api/core/v1"
@@ -40,10 +41,19 @@ func queued(phase virtv1.VirtualMachineInstanceMigrationPhase) *fixture {
 
 // occupied takes the last free VFs.
 func (f *fixture) occupied() *fixture {
+	f.other("node-b")
 	for i := range f.vfnodes["node-b"].Status.PFs[0].VFs {
 		f.vfnodes["node-b"].Status.PFs[0].VFs[i].Holder = "vms/other"
 	}
 	return f
+}
+
+// other adds the pod vms/other, of another VM, on the node.
+func (f *fixture) other(node string) *corev1.Pod {
+	pod := launcher("other", node)
+	pod.Labels[kubevirt.LabelCreatedBy] = "other-uid"
+	f.others = append(f.others, pod)
+	return pod
 }
 
 func (c *cluster) vmim(t *testing.T, name string) *virtv1.VirtualMachineInstanceMigration {

@@ -43,7 +43,7 @@ func TestPreflightOfRealVFs(t *testing.T) {
 		"another PF driver":           {func(f *fixture) { target(f).Driver = "igb_uio" }, v1alpha1.ReasonIncompatible, "with driver igb_uio, the VM's VF 0000:01:10.0 one with driver igb: their mailboxes differ"},
 		"another family":              {func(f *fixture) { target(f).VFs[0].Family, target(f).VFs[1].Family = "x", "x" }, v1alpha1.ReasonIncompatible, "is of family x, the VM's VF 0000:01:10.0 of family igbvf"},
 		"in use, the other of no use": {func(f *fixture) { target(f).VFs[0].Holder, target(f).VFs[1].Obstacle = "vms/x", noIOMMU }, v1alpha1.ReasonIncompatible, "VF 0000:01:10.2 cannot be used"},
-		"all in use":                  {func(f *fixture) { target(f).VFs[0].Holder, target(f).VFs[1].Holder = "vms/x", "vms/y" }, v1alpha1.ReasonNoFreeVF, "0 free of 1 needed with device ID 8086:10ca"},
+		"all in use":                  {func(f *fixture) { f.occupied() }, v1alpha1.ReasonNoFreeVF, "0 free of 1 needed with device ID 8086:10ca"},
 		"other VFs changed":           {func(f *fixture) { damaged(f, "VF 0000:01:10.2: it was removed") }, "", "Everything known beforehand allows the migration."},
 		"the VM's VF gone":            {func(f *fixture) { damaged(f, "VF 0000:01:10.0: it was removed") }, v1alpha1.ReasonDeviceUnavailable, "VFs on the source node node-a are not as they were prepared: VF 0000:01:10.0: it was removed"},
 	} {

@@ -39,10 +39,10 @@ type GuardReconciler struct {
 
 // Reconcile assesses one VMI:
 //
-//  1. one without VFs, one that does not run, and one that is being moved are
-//     left alone;
+//  1. one without VFs and one that does not run are left alone;
 //  2. it is labelled, and judged as the preflight of a migration to anywhere
-//     would judge it;
+//     would judge it, unless it is being moved: its own target has the VFs then.
+//     What can be moved in a moment, when VFs are back, is not blocked;
 //  3. the verdict is written if it is another one than before.
 //
 // Errors come from the API server only and are retried by the caller.
@@ -54,21 +54,11 @@ func (r *GuardReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 	if len(kubevirt.BoundInterfaces(vmi)) == 0 || vmi.Status.Phase != virtv1.Running || !vmi.DeletionTimestamp.IsZero() {
 		return ctrl.Result{}, nil
 	}
-	if st := vmi.Status.MigrationState; st != nil && st.StartTimestamp != nil && st.EndTimestamp == nil {
-		return ctrl.Result{RequeueAfter: assessInterval}, nil
-	}
 	base := vmi.DeepCopy()
 	metav1.SetMetaDataLabel(&vmi.ObjectMeta, kubevirt.LabelVF, "true")
-	_, _, err := r.assess(ctx, &v1alpha1.VFMigration{
-		ObjectMeta: metav1.ObjectMeta{Namespace: vmi.Namespace}, Spec: v1alpha1.VFMigrationSpec{VMIName: vmi.Name},
-	})
-	why := ""
-	if no := (*refusal)(nil); errors.As(err, &no) {
-		if why = bounded(no.Error(), 1024); no.reason == v1alpha1.ReasonVMINotRunning {
-			why = "" // KubeVirt refuses that itself
-		}
-	} else if err != nil {
-		return ctrl.Result{}, fmt.Errorf("assess VirtualMachineInstance %s: %w", vmi.Name, err)
+	why, err := r.blocked(ctx, vmi)
+	if err != nil {
+		return ctrl.Result{}, err
 	}
 	if why == "" {
 		delete(vmi.Annotations, kubevirt.AnnotationMigrationBlocked)
@@ -89,12 +79,58 @@ func (r *GuardReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 	return ctrl.Result{RequeueAfter: assessInterval}, nil
 }
 
+// blocked says why the VMI cannot be moved; empty if it can, or is on its way.
+func (r *GuardReconciler) blocked(ctx context.Context, vmi *virtv1.VirtualMachineInstance) (string, error) {
+	moving, err := r.moving(ctx, vmi)
+	if err != nil || moving {
+		return "", err
+	}
+	_, _, err = r.assess(ctx, &v1alpha1.VFMigration{
+		ObjectMeta: metav1.ObjectMeta{Namespace: vmi.Namespace}, Spec: v1alpha1.VFMigrationSpec{VMIName: vmi.Name},
+	})
+	if wait := (*notYet)(nil); errors.As(err, &wait) {
+		return "", nil
+	}
+	if no := (*refusal)(nil); errors.As(err, &no) {
+		if no.reason == v1alpha1.ReasonVMINotRunning {
+			return "", nil // KubeVirt refuses that itself
+		}
+		return bounded(no.Error(), 1024), nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("assess VirtualMachineInstance %s: %w", vmi.Name, err)
+	}
+	return "", nil
+}
+
+// moving tells whether somebody moves the VM, or is about to.
+func (r *GuardReconciler) moving(ctx context.Context, vmi *virtv1.VirtualMachineInstance) (bool, error) {
+	if st := vmi.Status.MigrationState; st != nil && st.StartTimestamp != nil && st.EndTimestamp == nil {
+		return true, nil
+	}
+	var ours v1alpha1.VFMigrationList
+	if err := r.Client.List(ctx, &ours, client.InNamespace(vmi.Namespace)); err != nil {
+		return false, fmt.Errorf("list VFMigrations: %w", err)
+	}
+	if slices.ContainsFunc(ours.Items, func(m v1alpha1.VFMigration) bool { return m.Spec.VMIName == vmi.Name && !isTerminal(&m) }) {
+		return true, nil
+	}
+	var theirs virtv1.VirtualMachineInstanceMigrationList
+	if err := r.Client.List(ctx, &theirs, client.InNamespace(vmi.Namespace)); err != nil {
+		return false, fmt.Errorf("list VirtualMachineInstanceMigrations: %w", err)
+	}
+	return slices.ContainsFunc(theirs.Items, func(m virtv1.VirtualMachineInstanceMigration) bool {
+		return m.Spec.VMIName == vmi.Name && !m.IsFinal()
+	}), nil
+}
+
 // SetupWithManager registers the reconciler with mgr.
 func (r *GuardReconciler) SetupWithManager(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("guard").
 		For(&virtv1.VirtualMachineInstance{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: worthAssessing})).
 		Watches(&v1alpha1.VFNode{}, handler.EnqueueRequestsFromMapFunc(r.all)).
+		Watches(&v1alpha1.VFMigration{}, handler.EnqueueRequestsFromMapFunc(subject), builder.WithPredicates(predicate.Funcs{UpdateFunc: beganOrEnded})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).
 		Complete(r)
 }
@@ -113,6 +149,22 @@ func worthAssessing(e event.UpdateEvent) bool {
 	return before.Status.Phase != after.Status.Phase || before.Status.NodeName != after.Status.NodeName || ended(before) != ended(after) ||
 		before.Annotations[kubevirt.AnnotationMigrationBlocked] != after.Annotations[kubevirt.AnnotationMigrationBlocked] ||
 		before.Labels[kubevirt.LabelVF] != after.Labels[kubevirt.LabelVF]
+}
+
+// beganOrEnded tells an update of a VFMigration that bears on the verdict.
+func beganOrEnded(e event.UpdateEvent) bool {
+	before, ok1 := e.ObjectOld.(*v1alpha1.VFMigration)
+	after, ok2 := e.ObjectNew.(*v1alpha1.VFMigration)
+	return !ok1 || !ok2 || isTerminal(before) != isTerminal(after)
+}
+
+// subject maps a VFMigration to the VMI that it moves.
+func subject(_ context.Context, o client.Object) []reconcile.Request {
+	m, ok := o.(*v1alpha1.VFMigration)
+	if !ok {
+		return nil
+	}
+	return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: m.Namespace, Name: m.Spec.VMIName}}}
 }
 
 // all maps anything to all VMIs with VFs.

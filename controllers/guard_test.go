@@ -146,10 +146,6 @@ func TestNotAssessed(t *testing.T) {
 	}{
 		"no VF":       {func(v *virtv1.VirtualMachineInstance) { v.Spec.Domain.Devices.Interfaces = nil }, 0},
 		"not running": {func(v *virtv1.VirtualMachineInstance) { v.Status.Phase = virtv1.Scheduled }, 0},
-		"on its way": {func(v *virtv1.VirtualMachineInstance) {
-			start := at(0)
-			v.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{StartTimestamp: &start}
-		}, assessInterval},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture().occupied()
@@ -167,6 +163,56 @@ func TestNotAssessed(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A VM that is being moved gets no verdict, whoever moves it: what its target
+// holds is its own. The one that it had is taken away.
+func TestNotBlockedOnItsWay(t *testing.T) {
+	for name, change := range map[string]func(*fixture){
+		"KubeVirt has begun": func(f *fixture) {
+			start := at(0)
+			f.vmi.Status.MigrationState = &virtv1.VirtualMachineInstanceMigrationState{StartTimestamp: &start}
+		},
+		"VFMigration": func(f *fixture) { f.vfm = accepted().vfm },
+		"VirtualMachineInstanceMigration": func(f *fixture) {
+			f.others = append(f.others, otherVMIM("other", "vm", virtv1.MigrationScheduling))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture().occupied()
+			f.vfm = nil
+			f.vmi.Annotations = map[string]string{kubevirt.AnnotationMigrationBlocked: "NoFreeVF: of before"}
+			change(f)
+			c := f.start(t)
+			if why := c.blocked(t); why != "" || len(c.rec.events) != 0 {
+				t.Errorf("blocked for %q, told %v", why, c.rec.events)
+			}
+		})
+	}
+	// Those of others, and those that have ended, are no reason.
+	f := newFixture().occupied()
+	f.vfm.Spec.VMIName = "vm2"
+	ended := otherVFM("ended", 0)
+	setCondition(&ended.Status, v1alpha1.ConditionSucceeded, metav1.ConditionTrue, "Succeeded", "", 0)
+	f.others = append(f.others, ended, otherVMIM("other", "vm", virtv1.MigrationSucceeded), otherVMIM("vm2", "vm2", virtv1.MigrationRunning))
+	if why := f.start(t).blocked(t); !strings.HasPrefix(why, "NoFreeVF: ") {
+		t.Errorf("blocked for %q", why)
+	}
+}
+
+// blocked has the VMI assessed and returns what is found on it then.
+func (c *cluster) blocked(t *testing.T) string {
+	t.Helper()
+	key := client.ObjectKey{Namespace: testNamespace, Name: "vm"}
+	res, err := (&GuardReconciler{VFMigrationReconciler: c.r}).Reconcile(t.Context(), ctrl.Request{NamespacedName: key})
+	if err != nil || res.RequeueAfter != assessInterval {
+		t.Fatal(res, err)
+	}
+	vmi := &virtv1.VirtualMachineInstance{}
+	if err := c.Get(t.Context(), key, vmi); err != nil {
+		t.Fatal(err)
+	}
+	return vmi.Annotations[kubevirt.AnnotationMigrationBlocked]
 }
 
 // Post-copy that KubeVirt has settled on for this very migration ends it, as
@@ -220,6 +266,15 @@ func TestWorthAssessing(t *testing.T) {
 		if got := worthAssessing(event.UpdateEvent{ObjectOld: base, ObjectNew: changed}); got != tc.want {
 			t.Errorf("%s: %v", name, got)
 		}
+	}
+	m := newFixture().vfm
+	over := m.DeepCopy()
+	setCondition(&over.Status, v1alpha1.ConditionSucceeded, metav1.ConditionFalse, "NoFreeVF", "", 0)
+	if beganOrEnded(event.UpdateEvent{ObjectOld: m, ObjectNew: m}) || !beganOrEnded(event.UpdateEvent{ObjectOld: m, ObjectNew: over}) {
+		t.Error("the end of a VFMigration, and nothing else of it, is worth it")
+	}
+	if reqs := subject(t.Context(), m); len(reqs) != 1 || reqs[0].NamespacedName != client.ObjectKeyFromObject(base) {
+		t.Errorf("VFMigration %s is of %v", m.Name, reqs)
 	}
 	if !worthAssessing(event.UpdateEvent{ObjectOld: &corev1.Pod{}, ObjectNew: &corev1.Pod{}}) {
 		t.Error("what is not understood is not assessed")

@@ -43,7 +43,10 @@ func (r *VFMigrationReconciler) accept(ctx context.Context, s *scope) (ctrl.Resu
 	}
 	if s.vfm.Status.Failure == nil {
 		source, open, err := r.preflight(ctx, s.vfm)
-		if no := (*refusal)(nil); errors.As(err, &no) {
+		if wait := (*notYet)(nil); errors.As(err, &wait) && s.now.Before(s.patience()) {
+			s.set(v1alpha1.ConditionAccepted, metav1.ConditionUnknown, v1alpha1.ReasonProgressing, "Waiting: "+wait.message)
+			return ctrl.Result{RequeueAfter: returnLook}, nil
+		} else if no := (*refusal)(nil); errors.As(err, &no) {
 			s.fail(no.reason, "%s", no.message)
 		} else if err != nil {
 			return ctrl.Result{}, fmt.Errorf("preflight: %w", err)

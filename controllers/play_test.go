@@ -103,6 +103,26 @@ func (p *play) createLauncher(name, node string, vmi *virtv1.VirtualMachineInsta
 	p.create(pod)
 }
 
+// createHolder creates the pod of another VM, which has a VF of the node.
+func (p *play) createHolder(name, node string) {
+	p.Helper()
+	p.create(&corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.ns, Name: name},
+		Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "compute", Image: "virt-launcher"}}},
+	})
+}
+
+// endHolder has its containers end, as its kubelet would say.
+func (p *play) endHolder(name string) {
+	p.Helper()
+	pod := &corev1.Pod{}
+	p.Expect(p.get(pod, name)).To(gomega.Succeed())
+	pod.Status.Phase = corev1.PodSucceeded
+	pod.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "compute", State: corev1.ContainerState{
+		Terminated: &corev1.ContainerStateTerminated{FinishedAt: metav1.Now()}}}}
+	p.Expect(admin.Status().Update(p.Context(), pod)).To(gomega.Succeed())
+}
+
 // startManager starts the product's manager, with its own rights only.
 func (p *play) startManager() {
 	p.Helper()

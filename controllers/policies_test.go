@@ -138,9 +138,11 @@ func TestBlockedAgainstTheAPIServer(t *testing.T) {
 		n := &v1alpha1.VFNode{}
 		p.Expect(admin.Get(t.Context(), client.ObjectKey{Name: p.target}, n)).To(gomega.Succeed())
 		n.Status.PFs[0].VFs[0].Holder = holder
+		n.Status.AgentVersion += "+" // for the manager to look again, whatever holder is
 		p.Expect(admin.Status().Update(t.Context(), n)).To(gomega.Succeed())
 	}
-	hold("other/pod")
+	p.createHolder("holder", p.target)
+	hold(p.ns + "/holder")
 	blocked := func() string {
 		vmi := &virtv1.VirtualMachineInstance{}
 		p.Expect(p.get(vmi, "vm")).To(gomega.Succeed())
@@ -152,6 +154,12 @@ func TestBlockedAgainstTheAPIServer(t *testing.T) {
 	var list v1alpha1.VFMigrationList
 	p.Expect(admin.List(t.Context(), &list, client.InNamespace(p.ns))).To(gomega.Succeed())
 	p.Expect(list.Items).To(gomega.BeEmpty())
+
+	// It can be moved once the VF's holder is ending: the migration waits for it.
+	p.endHolder("holder")
+	hold(p.ns + "/holder")
+	p.Eventually(blocked, patience, 20*time.Millisecond).Should(gomega.BeEmpty())
+	refusedFor(t, admin, newMigration(p.ns, "vm"), "")
 
 	hold("")
 	p.Eventually(blocked, patience, 20*time.Millisecond).Should(gomega.BeEmpty())

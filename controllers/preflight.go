@@ -25,14 +25,20 @@ type refusal struct{ reason, message string }
 
 func (e *refusal) Error() string { return e.reason + ": " + e.message }
 
+// notYet is the error with which preflight says that a migration cannot be yet,
+// but presumably can be in a moment. It is a refusal to whom that is too late.
+type notYet struct{ refusal }
+
+func (e *notYet) Unwrap() error { return &e.refusal }
+
 func refuse(reason, format string, args ...any) error {
 	return &refusal{reason, fmt.Sprintf(format, args...)}
 }
 
 // preflight checks everything that can be known before a migration and returns
 // where the VM runs, and in words what only the target's verdict can decide. A
-// *refusal says why it cannot be, any other error that it could not be found
-// out. A refusal is final, so all is read from the API server itself.
+// *refusal says why it cannot be, a *notYet why it cannot be yet, any other error
+// that it could not be found out. A refusal is final, so all is read from the API server itself.
 func (r *VFMigrationReconciler) preflight(ctx context.Context, m *v1alpha1.VFMigration) (*v1alpha1.VFMigrationEndpoint, string, error) {
 	if err := r.checkOthers(ctx, m); err != nil {
 		return nil, "", err
@@ -206,7 +212,7 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"spec.target.nodeName %s is the node that the VM runs on; name another node", source)
 	}
-	var matching, unavailable, unfit, full []string
+	var matching, unavailable, unfit, full, awaited []string
 	for i := range nodes {
 		n := &nodes[i]
 		if n.Name == source {
@@ -233,16 +239,26 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 			continue
 		}
 		f := fit(needed, vfsOf(n, ""))
-		switch {
-		case f.missing == "":
+		if f.missing == "" {
 			return f.open(n.Name), nil
-		case f.unfit:
-			unfit = append(unfit, n.Name+": "+f.missing)
-		default:
-			full = append(full, n.Name+": "+f.missing)
 		}
+		if f.unfit {
+			unfit = append(unfit, n.Name+": "+f.missing)
+			continue
+		}
+		back, pods, err := r.returning(ctx, n)
+		if err != nil {
+			return "", err
+		}
+		if len(back) > 0 && fit(needed, append(vfsOf(n, ""), back...)).missing == "" {
+			awaited = append(awaited, fmt.Sprintf("%s: %s, until VFs of pod %s are given back", n.Name, f.missing, strings.Join(pods, ", ")))
+			continue
+		}
+		full = append(full, n.Name+": "+f.missing)
 	}
 	switch {
+	case len(awaited) > 0:
+		return "", &notYet{refusal{v1alpha1.ReasonNoFreeVF, fmt.Sprintf("no node has enough free VFs yet (%s)", strings.Join(awaited, "; "))}}
 	case len(full) > 0:
 		return "", refuse(v1alpha1.ReasonNoFreeVF, "no node has enough free VFs (%s); free some, or add VFs there%s",
 			strings.Join(full, "; "), alsoDown(unavailable))

@@ -165,6 +165,7 @@ func TestRefuse(t *testing.T) {
 			func(f *fixture) {
 				vfs := f.vfnodes["node-b"].Status.PFs[0].VFs
 				vfs[0].DeviceID, vfs[1].Holder = "8086:10ca", "vms/other"
+				f.other("node-b")
 				f.addNode("node-c")
 				delete(f.leases, "node-c")
 			}},
@@ -175,6 +176,7 @@ func TestRefuse(t *testing.T) {
 				f.vmi.Spec.Domain.Devices.Interfaces = append(f.vmi.Spec.Domain.Devices.Interfaces, second)
 				f.vfnodes["node-a"].Status.PFs[0].VFs[1].Holder = "vms/launcher-a"
 				f.vfnodes["node-b"].Status.PFs[0].VFs[1].Holder = "vms/other"
+				f.other("node-b")
 			}},
 		{"abort", v1alpha1.ReasonAborted, "spec.abort was set; to move the VM, create a new VFMigration",
 			func(f *fixture) { f.vfm.Spec.Abort = true }},

@@ -20,7 +20,7 @@ type Verdict struct {
 	// Message says what stands in the way and what to do, or what is left to
 	// the target's verdict; may be empty if accepted.
 	Message string `json:"message,omitempty"`
-	// SourceNode is where the VM runs; empty if not accepted.
+	// SourceNode is where the VM runs; empty if not accepted, or not yet.
 	SourceNode string `json:"sourceNode,omitempty"`
 }
 
@@ -35,6 +35,9 @@ func Preflight(ctx context.Context, c client.Reader, k clock.PassiveClock, syste
 		m.CreationTimestamp = metav1.NewTime(k.Now())
 	}
 	source, open, err := r.preflight(ctx, m)
+	if wait := (*notYet)(nil); errors.As(err, &wait) {
+		return Verdict{Accepted: true, Message: "It would wait: " + wait.message}, nil
+	}
 	if no := (*refusal)(nil); errors.As(err, &no) {
 		return Verdict{Reason: no.reason, Message: no.message}, nil
 	}
