@@ -9,11 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -144,6 +146,9 @@ func (d *show) play(ctx context.Context, set artifacts.Set) (err error) {
 			return errors.Join(fmt.Errorf("hop %d: %w", i, err), d.write())
 		}
 	}
+	if err := d.look(ctx, set, "hop-"+strconv.Itoa(d.Hops)); err != nil {
+		return err
+	}
 	st, err := d.vm.StopTraffic(ctx)
 	if err != nil {
 		return err
@@ -200,13 +205,8 @@ func (d *show) hop(ctx context.Context, set artifacts.Set, i int, node string) e
 	return nil
 }
 
+// apply applies a VFMigration with kubectl.
 func (d *show) apply(ctx context.Context, set artifacts.Set, m *v1alpha1.VFMigration) error {
-	kubectl := filepath.Join(set.ControlPlane, "kubectl")
-	if _, err := os.Stat(kubectl); err != nil {
-		if kubectl, err = exec.LookPath("kubectl"); err != nil {
-			return fmt.Errorf("kubectl is neither in %s nor in PATH: %w", set.ControlPlane, err)
-		}
-	}
 	manifest, err := yaml.Marshal(map[string]any{
 		"apiVersion": m.APIVersion, "kind": m.Kind,
 		"metadata": map[string]string{"name": m.Name, "namespace": m.Namespace},
@@ -219,11 +219,50 @@ func (d *show) apply(ctx context.Context, set artifacts.Set, m *v1alpha1.VFMigra
 	if err := os.WriteFile(file, manifest, 0o600); err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, kubectl, "--kubeconfig", d.h.Cluster.AdminKubeconfig, "apply", "-f", file).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("kubectl apply: %w: %s", err, out)
+	_, err = d.kubectl(ctx, set, "apply", "-f", file)
+	return err
+}
+
+// look shows what kubectl has to say of a migration that has ended.
+func (d *show) look(ctx context.Context, set artifacts.Set, name string) error {
+	for _, line := range []string{
+		"get vfm",
+		"get vfm -o wide",
+		"get vfnodes",
+		"wait --for=condition=Succeeded vfm/" + name,
+		"describe vfm " + name,
+		"vfmigration status " + name,
+	} {
+		out, err := d.kubectl(ctx, set, strings.Fields(line)...)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(d.Stdout, "\n$ kubectl %s\n%s", line, out)
 	}
+	fmt.Fprintln(d.Stdout)
 	return nil
+}
+
+// kubectl runs kubectl as the cluster's administrator, with this program as its
+// plugin.
+func (d *show) kubectl(ctx context.Context, set artifacts.Set, args ...string) ([]byte, error) {
+	kubectl := filepath.Join(set.ControlPlane, "kubectl")
+	if _, err := os.Stat(kubectl); err != nil {
+		if kubectl, err = exec.LookPath("kubectl"); err != nil {
+			return nil, fmt.Errorf("kubectl is neither in %s nor in PATH: %w", set.ControlPlane, err)
+		}
+	}
+	plugin := filepath.Join(d.h.Lab.Dir, "kubectl-vfmigration")
+	if err := os.Symlink(set.Compsc, plugin); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	c := exec.CommandContext(ctx, kubectl, args...)
+	c.Env = append(os.Environ(), "KUBECONFIG="+d.h.Cluster.AdminKubeconfig, "PATH="+d.h.Lab.Dir+":"+os.Getenv("PATH"))
+	out, err := c.CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return out, nil
 }
 
 func (d *show) write() error {
