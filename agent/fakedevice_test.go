@@ -28,6 +28,7 @@ type fakeDevice struct {
 	// before and after, if set, are called around each call; an error of
 	// before is the call's answer, one of after replaces it.
 	before, after func(method string) error
+	protocols     *pb.Protocols
 	// refuse and reject are the target's objections.
 	refuse, reject string
 	// activateError fails the restore.
@@ -173,7 +174,7 @@ func (d *fakeDevice) refusal(uid string) error {
 func (d *fakeDevice) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	r := &pb.StatusReply{Role: d.role, Phase: d.phase, MigrationUid: d.uid, QemuConnected: true}
+	r := &pb.StatusReply{Role: d.role, Phase: d.phase, MigrationUid: d.uid, QemuConnected: true, Protocols: d.protocols}
 	for n, h := range d.handoffs {
 		r.Interfaces = append(r.Interfaces, &pb.InterfaceStatus{Name: n, Vf: h.VF, Mac: h.MAC, Epoch: h.Epoch})
 	}

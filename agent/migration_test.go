@@ -288,6 +288,12 @@ func TestRefusedBeforehand(t *testing.T) {
 	}{
 		{"incompatible", func(s *scene) { s.dst.set(func() { s.dst.refuse = "mailbox API 1.5 is unknown here" }) },
 			v1alpha1.ConditionPrepared, v1alpha1.ReasonIncompatible, "mailbox API 1.5 is unknown here"},
+		{"source device too new", func(s *scene) { s.src.set(func() { s.src.protocols = &pb.Protocols{Oldest: 2, Newest: 3} }) },
+			v1alpha1.ConditionPrepared, v1alpha1.ReasonVersionMismatch,
+			"the device process of pod launcher-source speaks version 2 to 3 of CompSC's protocol, the agent of node a version 1"},
+		{"target device too new", func(s *scene) { s.dst.set(func() { s.dst.protocols = &pb.Protocols{Oldest: 2, Newest: 2} }) },
+			v1alpha1.ConditionPrepared, v1alpha1.ReasonVersionMismatch,
+			"node b refuses: the device process of pod launcher-target speaks version 2 of CompSC's protocol, the agent of node b version 1"},
 		{"peer down", func(s *scene) { s.to.kill() },
 			v1alpha1.ConditionPrepared, v1alpha1.ReasonPeerUnavailable, "the agent of node b"},
 		{"source device missing", func(s *scene) { s.stopSrc() },

@@ -87,6 +87,19 @@ func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithCancel(ctx)
 }
 
+// misunderstands tells which of those that a migration needs this node's agent,
+// the target's, does not understand.
+func (s *service) misunderstands(ctx context.Context, m *vfMigration, d *device, source *controlpb.Protocols) (*failure, error) {
+	if f := s.understands(source, "the agent of node "+m.Status.Source.NodeName); f != nil {
+		return f, nil
+	}
+	st, err := s.status(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	return s.understands(st.GetProtocols(), "the device process of pod "+m.Status.Target.PodName), nil
+}
+
 // Prepare implements the peer service, at the target.
 func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerpb.PrepareReply, error) {
 	m, err := s.migration(ctx, r.GetMigration(), true)
@@ -100,6 +113,13 @@ func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerp
 	defer d.Close()
 	call, cancel := inTime(ctx)
 	defer cancel()
+	f, err := s.misunderstands(call, m, d, r.GetProtocols())
+	if err != nil {
+		return nil, ofDevice(err)
+	}
+	if f != nil {
+		return &peerpb.PrepareReply{Reason: f.reason, Message: f.Error()}, nil
+	}
 	reply, err := d.PrepareTarget(call, &controlpb.PrepareTargetRequest{MigrationUid: string(m.UID),
 		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(m.Spec.Timeouts.HoldTimeout())})
 	if err != nil {

@@ -55,6 +55,29 @@ func TestAuthorize(t *testing.T) {
 	check(t)
 }
 
+// TestPeerTooNew: an agent that speaks other versions gets a verdict that says
+// so, and no device process is asked for one.
+func TestPeerTooNew(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+	s.to.kill()
+	s.to.agent.devices = newDevices(s.to.podsDir)
+	s.dst.set(func() { clear(s.dst.calls) })
+	for newest, want := range map[uint32]string{1: "", 3: v1alpha1.ReasonVersionMismatch} {
+		r, err := (&service{agent: s.to.agent}).Prepare(t.Context(), &peerpb.PrepareRequest{
+			Migration: &peerpb.Migration{Namespace: ns, Name: "m", Uid: "m-uid"}, Protocols: &controlpb.Protocols{Oldest: newest, Newest: newest}})
+		if err != nil || r.GetReason() != want || r.GetAccepted() != (want == "") {
+			t.Errorf("to a peer of version %d: %v, %v", newest, r, err)
+		}
+	}
+	s.dst.mu.Lock()
+	defer s.dst.mu.Unlock()
+	if n := s.dst.calls["PrepareTarget"]; n != 1 {
+		t.Errorf("the device process was asked %d times, want once, for the peer of version 1", n)
+	}
+}
+
 // TestDeliveredTwice: a source that was restarted delivers once more, when the
 // target may have used the state already.
 func TestDeliveredTwice(t *testing.T) {

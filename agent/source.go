@@ -99,6 +99,9 @@ func (r *sourceRun) prepare(ctx context.Context) *failure {
 	}); err != nil {
 		return r.deviceFailure(err)
 	}
+	if f := r.understands(st.GetProtocols(), "the device process of pod "+r.m.Status.Source.PodName); f != nil {
+		return f
+	}
 	switching := st.GetMigrationUid() == r.uid && (st.GetPhase() == controlpb.Phase_PHASE_CAPTURED || st.GetPhase() == controlpb.Phase_PHASE_RELINQUISHED)
 	if f := r.connect(ctx); f != nil {
 		return f
@@ -128,10 +131,13 @@ func (r *sourceRun) prepare(ctx context.Context) *failure {
 	}
 	var verdict *peerpb.PrepareReply
 	if err := persist(ctx, r.limits.retry, r.limits.pause, func(ctx context.Context) (err error) {
-		verdict, err = r.peer.Prepare(ctx, &peerpb.PrepareRequest{Migration: named(r.m), Interfaces: described.GetInterfaces()})
+		verdict, err = r.peer.Prepare(ctx, &peerpb.PrepareRequest{Migration: named(r.m), Interfaces: described.GetInterfaces(), Protocols: ownProtocols()})
 		return err
 	}); err != nil {
 		return r.peerFailure(err)
+	}
+	if !verdict.GetAccepted() && verdict.GetReason() == v1alpha1.ReasonVersionMismatch {
+		return failed(v1alpha1.ReasonVersionMismatch, "node %s refuses: %s", r.m.Status.Target.NodeName, verdict.GetMessage())
 	}
 	if !verdict.GetAccepted() {
 		return failed(v1alpha1.ReasonIncompatible, "node %s refuses: %s (%s); choose a target whose VFs match", r.m.Status.Target.NodeName, verdict.GetMessage(), verdict.GetReason())

@@ -13,6 +13,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/protocol"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -52,6 +53,7 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	}
 	meta.SetStatusCondition(&n.Status.Conditions, a.intact(ctx, n.Generation))
 	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
+	n.Status.Protocols = &v1alpha1.ProtocolRange{Oldest: protocol.Oldest, Newest: protocol.Newest}
 	n.Status.PFs = nil
 	for _, p := range pfs {
 		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend, Address: p.Address,

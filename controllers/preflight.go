@@ -1,6 +1,7 @@
 package controllers
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/protocol"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -195,6 +197,9 @@ func (r *VFMigrationReconciler) checkSource(ctx context.Context, node, holder st
 		return nil, refuse(v1alpha1.ReasonAgentUnavailable,
 			"the agent of the source node %s is not available: %s; see that the compsc agent runs there", node, why)
 	}
+	if why := apart(&nodes[i], protocol.Own(), "the manager"); why != "" {
+		return nil, refuse(v1alpha1.ReasonVersionMismatch, "%s; finish the upgrade of CompSC first", why)
+	}
 	held := vfsOf(&nodes[i], holder)
 	if n := len(held); n < ifaces {
 		return nil, refuse(v1alpha1.ReasonDeviceUnavailable,
@@ -212,7 +217,7 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"spec.target.nodeName %s is the node that the VM runs on; name another node", source)
 	}
-	var matching, unavailable, unfit, full, awaited []string
+	var matching, unavailable, strange, unfit, full, awaited []string
 	for i := range nodes {
 		n := &nodes[i]
 		if n.Name == source {
@@ -232,6 +237,10 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		}
 		if why != "" {
 			unavailable = append(unavailable, n.Name+": "+why)
+			continue
+		}
+		if why := cmp.Or(apart(n, protocol.Own(), "the manager"), apart(n, spoken(nodes, source), "that of the source node "+source)); why != "" {
+			strange = append(strange, why)
 			continue
 		}
 		if c := meta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionQEMU); c != nil && c.Status == metav1.ConditionFalse {
@@ -264,6 +273,8 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 			strings.Join(full, "; "), alsoDown(unavailable))
 	case len(unfit) > 0:
 		return "", refuse(v1alpha1.ReasonIncompatible, "no node can run the VM with its VFs (%s)%s", strings.Join(unfit, "; "), alsoDown(unavailable))
+	case len(strange) > 0:
+		return "", refuse(v1alpha1.ReasonVersionMismatch, "%s; finish the upgrade of CompSC first%s", strings.Join(strange, "; "), alsoDown(unavailable))
 	case len(unavailable) > 0:
 		return "", refuse(v1alpha1.ReasonAgentUnavailable, "no agent of a possible target node is available (%s); see that the compsc agent runs there",
 			strings.Join(unavailable, "; "))
@@ -277,6 +288,26 @@ func (r *VFMigrationReconciler) checkTargets(ctx context.Context, target *v1alph
 		return "", refuse(v1alpha1.ReasonTargetNotFound,
 			"no node but the source %s has a VFNode; see that the compsc agent runs on other nodes", source)
 	}
+}
+
+// spoken is what the agent of a node says that it speaks.
+func spoken(nodes []v1alpha1.VFNode, node string) protocol.Range {
+	i := slices.IndexFunc(nodes, func(n v1alpha1.VFNode) bool { return n.Name == node })
+	if i < 0 || nodes[i].Status.Protocols == nil {
+		return protocol.Range{}
+	}
+	p := nodes[i].Status.Protocols
+	return protocol.Range{Oldest: uint32(p.Oldest), Newest: uint32(p.Newest)}
+}
+
+// apart says in words that the agent of a node and another part have no version
+// of CompSC's protocol in common; it is empty if they have.
+func apart(n *v1alpha1.VFNode, other protocol.Range, who string) string {
+	own := spoken([]v1alpha1.VFNode{*n}, n.Name)
+	if own.Meets(other) {
+		return ""
+	}
+	return fmt.Sprintf("the agent of node %s (%s) speaks version %s of CompSC's protocol, %s version %s", n.Name, n.Status.AgentVersion, own, who, other)
 }
 
 func alsoDown(unavailable []string) string {

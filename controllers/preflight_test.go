@@ -28,7 +28,12 @@ func TestAccept(t *testing.T) {
 		"target by label":         to(v1alpha1.VFMigrationTarget{NodeSelector: map[string]string{"zone": "z-node-b"}}),
 		"target without a Node":   func(f *fixture) { delete(f.nodes, "node-b"); to(v1alpha1.VFMigrationTarget{NodeName: "node-b"})(f) },
 		"one of two has free VFs": func(f *fixture) { f.addNode("node-c"); f.vfnodes["node-b"].Status.PFs = nil },
-		"younger one waits":       func(f *fixture) { f.others = append(f.others, otherVFM("later", time.Minute)) },
+		"newer agents that speak the manager's version": func(f *fixture) {
+			for _, n := range f.vfnodes {
+				n.Status.Protocols = &v1alpha1.ProtocolRange{Oldest: 1, Newest: 2}
+			}
+		},
+		"younger one waits": func(f *fixture) { f.others = append(f.others, otherVFM("later", time.Minute)) },
 		"older one is over": func(f *fixture) {
 			o := otherVFM("earlier", -time.Minute)
 			setCondition(&o.Status, v1alpha1.ConditionSucceeded, metav1.ConditionTrue, "Succeeded", "", 0)
@@ -125,6 +130,18 @@ func TestRefuse(t *testing.T) {
 		{"source agent dead", v1alpha1.ReasonAgentUnavailable,
 			"the agent of the source node node-a is not available: lease compsc-system/agent-node-a does not exist; see that the compsc agent runs there",
 			func(f *fixture) { delete(f.leases, "node-a") }},
+		{"source agent too new", v1alpha1.ReasonVersionMismatch,
+			"the agent of node node-a (v9) speaks version 2 to 3 of CompSC's protocol, the manager version 1; finish the upgrade of CompSC first",
+			func(f *fixture) {
+				f.vfnodes["node-a"].Status.AgentVersion = "v9"
+				f.vfnodes["node-a"].Status.Protocols = &v1alpha1.ProtocolRange{Oldest: 2, Newest: 3}
+			}},
+		{"target agent too new", v1alpha1.ReasonVersionMismatch,
+			"the agent of node node-b (v9) speaks version 2 of CompSC's protocol, the manager version 1; finish the upgrade of CompSC first",
+			func(f *fixture) {
+				f.vfnodes["node-b"].Status.AgentVersion = "v9"
+				f.vfnodes["node-b"].Status.Protocols = &v1alpha1.ProtocolRange{Oldest: 2, Newest: 2}
+			}},
 		{"source VF unknown", v1alpha1.ReasonDeviceUnavailable,
 			`VFNode node-a lists 0 VFs held by pod vms/launcher-a, its VMI has 1 interfaces with network binding "compsc"; see the compsc agent's log on that node`,
 			func(f *fixture) { f.vfnodes["node-a"].Status.PFs[0].VFs[0].Holder = "" }},

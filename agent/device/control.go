@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/protocol"
 )
 
 // listen creates a socket that only the owner may connect to, in place of one
@@ -74,7 +75,7 @@ func (p *process) reportHealth(ctx context.Context, h *health.Server) {
 
 // Status implements the control service.
 func (p *process) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply, error) {
-	r := &pb.StatusReply{}
+	r := &pb.StatusReply{Protocols: &pb.Protocols{Oldest: protocol.Oldest, Newest: protocol.Newest}}
 	p.get(func() {
 		r.Role, r.Phase, r.MigrationUid, r.LastError = p.role, p.phase, p.uid, p.lastError
 	})

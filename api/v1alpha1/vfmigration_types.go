@@ -69,6 +69,9 @@ const (
 	// ReasonNoFreeVF: no node that could be the target has enough free VFs of
 	// the same kind.
 	ReasonNoFreeVF = "NoFreeVF"
+	// ReasonVersionMismatch: manager, agents and device processes that the
+	// migration needs are of versions that do not understand each other.
+	ReasonVersionMismatch = "VersionMismatch"
 	// ReasonIncompatible: the target's VF cannot carry the source's state.
 	ReasonIncompatible = "Incompatible"
 	// ReasonPinFailed: the target's VF could not be leased or attached.

@@ -63,12 +63,25 @@ type VFNodeStatus struct {
 	// +optional
 	AgentVersion string `json:"agentVersion,omitempty"`
 
+	// Protocols are the versions that the agent speaks of what the parts of
+	// CompSC say to each other.
+	// +optional
+	Protocols *ProtocolRange `json:"protocols,omitempty"`
+
 	// PFs are the physical functions that have VFs.
 	// +optional
 	// +listType=map
 	// +listMapKey=name
 	// +kubebuilder:validation:MaxItems=64
 	PFs []PFStatus `json:"pfs,omitempty"`
+}
+
+// ProtocolRange is from the oldest to the newest version that is spoken.
+type ProtocolRange struct {
+	// +kubebuilder:validation:Minimum=1
+	Oldest int32 `json:"oldest"`
+	// +kubebuilder:validation:Minimum=1
+	Newest int32 `json:"newest"`
 }
 
 // PFStatus is one physical function.

@@ -32,8 +32,8 @@ type rule struct {
 // rules are the project's layers, from the top down.
 var rules = []rule{
 	{"", []string{"api/...", "controllers", "agent/..."}}, // main
-	{"controllers", []string{"api/...", "agent/kubevirt/..."}},
-	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/..."}},
+	{"controllers", []string{"api/...", "agent/kubevirt/...", "agent/protocol"}},
+	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol"}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
 	{"agent/kubevirt/domain", nil},
@@ -42,11 +42,12 @@ var rules = []rule{
 	{"agent/kubevirt/...", []string{"api/...", "agent/kubevirt/..."}},
 	{"agent/device/controlpb", nil},
 	{"agent/device/handoff", nil},
-	{"agent/device/...", []string{"agent/device/...", "agent/compsc", "agent/family/...", "agent/gate", "agent/model", "agent/qemu", "agent/vfiouser", "agent/vfio"}},
+	{"agent/device/...", []string{"agent/device/...", "agent/compsc", "agent/family/...", "agent/gate", "agent/model", "agent/protocol", "agent/qemu", "agent/vfiouser", "agent/vfio"}},
 	{"agent/model/...", []string{"agent/model/...", "agent/family/..."}},
 	{"agent/compsc/statepb", nil},
 	{"agent/compsc/...", []string{"agent/compsc/...", "agent/family"}},
 	{"agent/family", nil},
+	{"agent/protocol", nil},
 	{"agent/family/intel", []string{"agent/family"}},
 	{"agent/family/...", []string{"agent/family", "agent/family/intel"}},
 	{"agent/vfiouser/...", nil},

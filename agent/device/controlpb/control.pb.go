@@ -202,7 +202,9 @@ type StatusReply struct {
 	Interfaces    []*InterfaceStatus     `protobuf:"bytes,4,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
 	QemuConnected bool                   `protobuf:"varint,5,opt,name=qemu_connected,json=qemuConnected,proto3" json:"qemu_connected,omitempty"`
 	// Last failure in words a person can act on, empty if none.
-	LastError     string `protobuf:"bytes,6,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	LastError string `protobuf:"bytes,6,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	// What the device process speaks.
+	Protocols     *Protocols `protobuf:"bytes,7,opt,name=protocols,proto3" json:"protocols,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -279,6 +281,67 @@ func (x *StatusReply) GetLastError() string {
 	return ""
 }
 
+func (x *StatusReply) GetProtocols() *Protocols {
+	if x != nil {
+		return x.Protocols
+	}
+	return nil
+}
+
+// The versions that one part speaks of what parts say to each other; who says
+// nothing speaks version 1.
+type Protocols struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Oldest        uint32                 `protobuf:"varint,1,opt,name=oldest,proto3" json:"oldest,omitempty"`
+	Newest        uint32                 `protobuf:"varint,2,opt,name=newest,proto3" json:"newest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Protocols) Reset() {
+	*x = Protocols{}
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Protocols) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Protocols) ProtoMessage() {}
+
+func (x *Protocols) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Protocols.ProtoReflect.Descriptor instead.
+func (*Protocols) Descriptor() ([]byte, []int) {
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Protocols) GetOldest() uint32 {
+	if x != nil {
+		return x.Oldest
+	}
+	return 0
+}
+
+func (x *Protocols) GetNewest() uint32 {
+	if x != nil {
+		return x.Newest
+	}
+	return 0
+}
+
 type InterfaceStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -294,7 +357,7 @@ type InterfaceStatus struct {
 
 func (x *InterfaceStatus) Reset() {
 	*x = InterfaceStatus{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[2]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +369,7 @@ func (x *InterfaceStatus) String() string {
 func (*InterfaceStatus) ProtoMessage() {}
 
 func (x *InterfaceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[2]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +382,7 @@ func (x *InterfaceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceStatus.ProtoReflect.Descriptor instead.
 func (*InterfaceStatus) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{2}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *InterfaceStatus) GetName() string {
@@ -368,7 +431,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[3]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -380,7 +443,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[3]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -393,7 +456,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{3}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Step) GetName() string {
@@ -421,7 +484,7 @@ type PrepareSourceRequest struct {
 
 func (x *PrepareSourceRequest) Reset() {
 	*x = PrepareSourceRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[4]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +496,7 @@ func (x *PrepareSourceRequest) String() string {
 func (*PrepareSourceRequest) ProtoMessage() {}
 
 func (x *PrepareSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[4]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +509,7 @@ func (x *PrepareSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareSourceRequest.ProtoReflect.Descriptor instead.
 func (*PrepareSourceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{4}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PrepareSourceRequest) GetMigrationUid() string {
@@ -472,7 +535,7 @@ type PrepareSourceReply struct {
 
 func (x *PrepareSourceReply) Reset() {
 	*x = PrepareSourceReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[5]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +547,7 @@ func (x *PrepareSourceReply) String() string {
 func (*PrepareSourceReply) ProtoMessage() {}
 
 func (x *PrepareSourceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[5]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +560,7 @@ func (x *PrepareSourceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareSourceReply.ProtoReflect.Descriptor instead.
 func (*PrepareSourceReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{5}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PrepareSourceReply) GetInterfaces() []*SourceInterface {
@@ -539,7 +602,7 @@ type SourceInterface struct {
 
 func (x *SourceInterface) Reset() {
 	*x = SourceInterface{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[6]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +614,7 @@ func (x *SourceInterface) String() string {
 func (*SourceInterface) ProtoMessage() {}
 
 func (x *SourceInterface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[6]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +627,7 @@ func (x *SourceInterface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceInterface.ProtoReflect.Descriptor instead.
 func (*SourceInterface) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{6}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SourceInterface) GetName() string {
@@ -676,7 +739,7 @@ type AwaitCaptureRequest struct {
 
 func (x *AwaitCaptureRequest) Reset() {
 	*x = AwaitCaptureRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[7]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +751,7 @@ func (x *AwaitCaptureRequest) String() string {
 func (*AwaitCaptureRequest) ProtoMessage() {}
 
 func (x *AwaitCaptureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[7]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +764,7 @@ func (x *AwaitCaptureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitCaptureRequest.ProtoReflect.Descriptor instead.
 func (*AwaitCaptureRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{7}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AwaitCaptureRequest) GetMigrationUid() string {
@@ -732,7 +795,7 @@ type AwaitCaptureReply struct {
 
 func (x *AwaitCaptureReply) Reset() {
 	*x = AwaitCaptureReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +807,7 @@ func (x *AwaitCaptureReply) String() string {
 func (*AwaitCaptureReply) ProtoMessage() {}
 
 func (x *AwaitCaptureReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +820,7 @@ func (x *AwaitCaptureReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitCaptureReply.ProtoReflect.Descriptor instead.
 func (*AwaitCaptureReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{8}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AwaitCaptureReply) GetStates() []*InterfaceState {
@@ -800,7 +863,7 @@ type InterfaceState struct {
 
 func (x *InterfaceState) Reset() {
 	*x = InterfaceState{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +875,7 @@ func (x *InterfaceState) String() string {
 func (*InterfaceState) ProtoMessage() {}
 
 func (x *InterfaceState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +888,7 @@ func (x *InterfaceState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceState.ProtoReflect.Descriptor instead.
 func (*InterfaceState) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{9}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *InterfaceState) GetName() string {
@@ -860,7 +923,7 @@ type ReleaseSourceRequest struct {
 
 func (x *ReleaseSourceRequest) Reset() {
 	*x = ReleaseSourceRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -872,7 +935,7 @@ func (x *ReleaseSourceRequest) String() string {
 func (*ReleaseSourceRequest) ProtoMessage() {}
 
 func (x *ReleaseSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -885,7 +948,7 @@ func (x *ReleaseSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseSourceRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseSourceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{10}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReleaseSourceRequest) GetMigrationUid() string {
@@ -919,7 +982,7 @@ type ReleaseSourceReply struct {
 
 func (x *ReleaseSourceReply) Reset() {
 	*x = ReleaseSourceReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +994,7 @@ func (x *ReleaseSourceReply) String() string {
 func (*ReleaseSourceReply) ProtoMessage() {}
 
 func (x *ReleaseSourceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,7 +1007,7 @@ func (x *ReleaseSourceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseSourceReply.ProtoReflect.Descriptor instead.
 func (*ReleaseSourceReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{11}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReleaseSourceReply) GetPages() []*InterfacePages {
@@ -971,7 +1034,7 @@ type InterfacePages struct {
 
 func (x *InterfacePages) Reset() {
 	*x = InterfacePages{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1046,7 @@ func (x *InterfacePages) String() string {
 func (*InterfacePages) ProtoMessage() {}
 
 func (x *InterfacePages) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1059,7 @@ func (x *InterfacePages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfacePages.ProtoReflect.Descriptor instead.
 func (*InterfacePages) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{12}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *InterfacePages) GetName() string {
@@ -1022,7 +1085,7 @@ type RelinquishRequest struct {
 
 func (x *RelinquishRequest) Reset() {
 	*x = RelinquishRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1097,7 @@ func (x *RelinquishRequest) String() string {
 func (*RelinquishRequest) ProtoMessage() {}
 
 func (x *RelinquishRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1110,7 @@ func (x *RelinquishRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelinquishRequest.ProtoReflect.Descriptor instead.
 func (*RelinquishRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{13}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RelinquishRequest) GetMigrationUid() string {
@@ -1065,7 +1128,7 @@ type RelinquishReply struct {
 
 func (x *RelinquishReply) Reset() {
 	*x = RelinquishReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1140,7 @@ func (x *RelinquishReply) String() string {
 func (*RelinquishReply) ProtoMessage() {}
 
 func (x *RelinquishReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1153,7 @@ func (x *RelinquishReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelinquishReply.ProtoReflect.Descriptor instead.
 func (*RelinquishReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{14}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{15}
 }
 
 type CancelSourceRequest struct {
@@ -1104,7 +1167,7 @@ type CancelSourceRequest struct {
 
 func (x *CancelSourceRequest) Reset() {
 	*x = CancelSourceRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1179,7 @@ func (x *CancelSourceRequest) String() string {
 func (*CancelSourceRequest) ProtoMessage() {}
 
 func (x *CancelSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1192,7 @@ func (x *CancelSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelSourceRequest.ProtoReflect.Descriptor instead.
 func (*CancelSourceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{15}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CancelSourceRequest) GetMigrationUid() string {
@@ -1161,7 +1224,7 @@ type CancelSourceReply struct {
 
 func (x *CancelSourceReply) Reset() {
 	*x = CancelSourceReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1236,7 @@ func (x *CancelSourceReply) String() string {
 func (*CancelSourceReply) ProtoMessage() {}
 
 func (x *CancelSourceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1249,7 @@ func (x *CancelSourceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelSourceReply.ProtoReflect.Descriptor instead.
 func (*CancelSourceReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{16}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{17}
 }
 
 type PrepareTargetRequest struct {
@@ -1200,7 +1263,7 @@ type PrepareTargetRequest struct {
 
 func (x *PrepareTargetRequest) Reset() {
 	*x = PrepareTargetRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1275,7 @@ func (x *PrepareTargetRequest) String() string {
 func (*PrepareTargetRequest) ProtoMessage() {}
 
 func (x *PrepareTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1288,7 @@ func (x *PrepareTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareTargetRequest.ProtoReflect.Descriptor instead.
 func (*PrepareTargetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{17}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PrepareTargetRequest) GetMigrationUid() string {
@@ -1262,7 +1325,7 @@ type PrepareTargetReply struct {
 
 func (x *PrepareTargetReply) Reset() {
 	*x = PrepareTargetReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1337,7 @@ func (x *PrepareTargetReply) String() string {
 func (*PrepareTargetReply) ProtoMessage() {}
 
 func (x *PrepareTargetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1350,7 @@ func (x *PrepareTargetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareTargetReply.ProtoReflect.Descriptor instead.
 func (*PrepareTargetReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{18}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PrepareTargetReply) GetAccepted() bool {
@@ -1328,7 +1391,7 @@ type InterfaceEpoch struct {
 
 func (x *InterfaceEpoch) Reset() {
 	*x = InterfaceEpoch{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1340,7 +1403,7 @@ func (x *InterfaceEpoch) String() string {
 func (*InterfaceEpoch) ProtoMessage() {}
 
 func (x *InterfaceEpoch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1353,7 +1416,7 @@ func (x *InterfaceEpoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceEpoch.ProtoReflect.Descriptor instead.
 func (*InterfaceEpoch) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{19}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InterfaceEpoch) GetName() string {
@@ -1382,7 +1445,7 @@ type AcceptStateRequest struct {
 
 func (x *AcceptStateRequest) Reset() {
 	*x = AcceptStateRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1394,7 +1457,7 @@ func (x *AcceptStateRequest) String() string {
 func (*AcceptStateRequest) ProtoMessage() {}
 
 func (x *AcceptStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1407,7 +1470,7 @@ func (x *AcceptStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptStateRequest.ProtoReflect.Descriptor instead.
 func (*AcceptStateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{20}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AcceptStateRequest) GetMigrationUid() string {
@@ -1449,7 +1512,7 @@ type AcceptStateReply struct {
 
 func (x *AcceptStateReply) Reset() {
 	*x = AcceptStateReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1524,7 @@ func (x *AcceptStateReply) String() string {
 func (*AcceptStateReply) ProtoMessage() {}
 
 func (x *AcceptStateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1537,7 @@ func (x *AcceptStateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptStateReply.ProtoReflect.Descriptor instead.
 func (*AcceptStateReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{21}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AcceptStateReply) GetAccepted() bool {
@@ -1507,7 +1570,7 @@ type AwaitStartRequest struct {
 
 func (x *AwaitStartRequest) Reset() {
 	*x = AwaitStartRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +1582,7 @@ func (x *AwaitStartRequest) String() string {
 func (*AwaitStartRequest) ProtoMessage() {}
 
 func (x *AwaitStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +1595,7 @@ func (x *AwaitStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitStartRequest.ProtoReflect.Descriptor instead.
 func (*AwaitStartRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{22}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AwaitStartRequest) GetMigrationUid() string {
@@ -1550,7 +1613,7 @@ type AwaitStartReply struct {
 
 func (x *AwaitStartReply) Reset() {
 	*x = AwaitStartReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1625,7 @@ func (x *AwaitStartReply) String() string {
 func (*AwaitStartReply) ProtoMessage() {}
 
 func (x *AwaitStartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1638,7 @@ func (x *AwaitStartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitStartReply.ProtoReflect.Descriptor instead.
 func (*AwaitStartReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{23}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{24}
 }
 
 type ActivateRequest struct {
@@ -1587,7 +1650,7 @@ type ActivateRequest struct {
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1662,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1675,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{24}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ActivateRequest) GetMigrationUid() string {
@@ -1632,7 +1695,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1707,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1720,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{25}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ActivateReply) GetInterfaces() []*InterfaceRestore {
@@ -1688,7 +1751,7 @@ type InterfaceRestore struct {
 
 func (x *InterfaceRestore) Reset() {
 	*x = InterfaceRestore{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1700,7 +1763,7 @@ func (x *InterfaceRestore) String() string {
 func (*InterfaceRestore) ProtoMessage() {}
 
 func (x *InterfaceRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1713,7 +1776,7 @@ func (x *InterfaceRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceRestore.ProtoReflect.Descriptor instead.
 func (*InterfaceRestore) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{26}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *InterfaceRestore) GetName() string {
@@ -1753,7 +1816,7 @@ type AwaitRunningRequest struct {
 
 func (x *AwaitRunningRequest) Reset() {
 	*x = AwaitRunningRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +1828,7 @@ func (x *AwaitRunningRequest) String() string {
 func (*AwaitRunningRequest) ProtoMessage() {}
 
 func (x *AwaitRunningRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +1841,7 @@ func (x *AwaitRunningRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitRunningRequest.ProtoReflect.Descriptor instead.
 func (*AwaitRunningRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{27}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AwaitRunningRequest) GetMigrationUid() string {
@@ -1802,7 +1865,7 @@ type AwaitRunningReply struct {
 
 func (x *AwaitRunningReply) Reset() {
 	*x = AwaitRunningReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1877,7 @@ func (x *AwaitRunningReply) String() string {
 func (*AwaitRunningReply) ProtoMessage() {}
 
 func (x *AwaitRunningReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1890,7 @@ func (x *AwaitRunningReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitRunningReply.ProtoReflect.Descriptor instead.
 func (*AwaitRunningReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{28}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AwaitRunningReply) GetVmStopped() *durationpb.Duration {
@@ -1861,7 +1924,7 @@ type CancelTargetRequest struct {
 
 func (x *CancelTargetRequest) Reset() {
 	*x = CancelTargetRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +1936,7 @@ func (x *CancelTargetRequest) String() string {
 func (*CancelTargetRequest) ProtoMessage() {}
 
 func (x *CancelTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +1949,7 @@ func (x *CancelTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTargetRequest.ProtoReflect.Descriptor instead.
 func (*CancelTargetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{29}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelTargetRequest) GetMigrationUid() string {
@@ -1911,7 +1974,7 @@ type CancelTargetReply struct {
 
 func (x *CancelTargetReply) Reset() {
 	*x = CancelTargetReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +1986,7 @@ func (x *CancelTargetReply) String() string {
 func (*CancelTargetReply) ProtoMessage() {}
 
 func (x *CancelTargetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +1999,7 @@ func (x *CancelTargetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTargetReply.ProtoReflect.Descriptor instead.
 func (*CancelTargetReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{30}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{31}
 }
 
 var File_agent_device_controlpb_control_proto protoreflect.FileDescriptor
@@ -1944,7 +2007,7 @@ var File_agent_device_controlpb_control_proto protoreflect.FileDescriptor
 const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\n" +
 	"$agent/device/controlpb/control.proto\x12\x10compsc.device.v1\x1a\x1egoogle/protobuf/duration.proto\"\x0f\n" +
-	"\rStatusRequest\"\x96\x02\n" +
+	"\rStatusRequest\"\xd1\x02\n" +
 	"\vStatusReply\x12*\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x16.compsc.device.v1.RoleR\x04role\x12-\n" +
 	"\x05phase\x18\x02 \x01(\x0e2\x17.compsc.device.v1.PhaseR\x05phase\x12#\n" +
@@ -1954,7 +2017,11 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"interfaces\x12%\n" +
 	"\x0eqemu_connected\x18\x05 \x01(\bR\rqemuConnected\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x06 \x01(\tR\tlastError\"\x80\x01\n" +
+	"last_error\x18\x06 \x01(\tR\tlastError\x129\n" +
+	"\tprotocols\x18\a \x01(\v2\x1b.compsc.device.v1.ProtocolsR\tprotocols\";\n" +
+	"\tProtocols\x12\x16\n" +
+	"\x06oldest\x18\x01 \x01(\rR\x06oldest\x12\x16\n" +
+	"\x06newest\x18\x02 \x01(\rR\x06newest\"\x80\x01\n" +
 	"\x0fInterfaceStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02vf\x18\x02 \x01(\tR\x02vf\x12\x10\n" +
@@ -2116,97 +2183,99 @@ func file_agent_device_controlpb_control_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_device_controlpb_control_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_device_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_agent_device_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_agent_device_controlpb_control_proto_goTypes = []any{
 	(Role)(0),                    // 0: compsc.device.v1.Role
 	(Phase)(0),                   // 1: compsc.device.v1.Phase
 	(*StatusRequest)(nil),        // 2: compsc.device.v1.StatusRequest
 	(*StatusReply)(nil),          // 3: compsc.device.v1.StatusReply
-	(*InterfaceStatus)(nil),      // 4: compsc.device.v1.InterfaceStatus
-	(*Step)(nil),                 // 5: compsc.device.v1.Step
-	(*PrepareSourceRequest)(nil), // 6: compsc.device.v1.PrepareSourceRequest
-	(*PrepareSourceReply)(nil),   // 7: compsc.device.v1.PrepareSourceReply
-	(*SourceInterface)(nil),      // 8: compsc.device.v1.SourceInterface
-	(*AwaitCaptureRequest)(nil),  // 9: compsc.device.v1.AwaitCaptureRequest
-	(*AwaitCaptureReply)(nil),    // 10: compsc.device.v1.AwaitCaptureReply
-	(*InterfaceState)(nil),       // 11: compsc.device.v1.InterfaceState
-	(*ReleaseSourceRequest)(nil), // 12: compsc.device.v1.ReleaseSourceRequest
-	(*ReleaseSourceReply)(nil),   // 13: compsc.device.v1.ReleaseSourceReply
-	(*InterfacePages)(nil),       // 14: compsc.device.v1.InterfacePages
-	(*RelinquishRequest)(nil),    // 15: compsc.device.v1.RelinquishRequest
-	(*RelinquishReply)(nil),      // 16: compsc.device.v1.RelinquishReply
-	(*CancelSourceRequest)(nil),  // 17: compsc.device.v1.CancelSourceRequest
-	(*CancelSourceReply)(nil),    // 18: compsc.device.v1.CancelSourceReply
-	(*PrepareTargetRequest)(nil), // 19: compsc.device.v1.PrepareTargetRequest
-	(*PrepareTargetReply)(nil),   // 20: compsc.device.v1.PrepareTargetReply
-	(*InterfaceEpoch)(nil),       // 21: compsc.device.v1.InterfaceEpoch
-	(*AcceptStateRequest)(nil),   // 22: compsc.device.v1.AcceptStateRequest
-	(*AcceptStateReply)(nil),     // 23: compsc.device.v1.AcceptStateReply
-	(*AwaitStartRequest)(nil),    // 24: compsc.device.v1.AwaitStartRequest
-	(*AwaitStartReply)(nil),      // 25: compsc.device.v1.AwaitStartReply
-	(*ActivateRequest)(nil),      // 26: compsc.device.v1.ActivateRequest
-	(*ActivateReply)(nil),        // 27: compsc.device.v1.ActivateReply
-	(*InterfaceRestore)(nil),     // 28: compsc.device.v1.InterfaceRestore
-	(*AwaitRunningRequest)(nil),  // 29: compsc.device.v1.AwaitRunningRequest
-	(*AwaitRunningReply)(nil),    // 30: compsc.device.v1.AwaitRunningReply
-	(*CancelTargetRequest)(nil),  // 31: compsc.device.v1.CancelTargetRequest
-	(*CancelTargetReply)(nil),    // 32: compsc.device.v1.CancelTargetReply
-	(*durationpb.Duration)(nil),  // 33: google.protobuf.Duration
+	(*Protocols)(nil),            // 4: compsc.device.v1.Protocols
+	(*InterfaceStatus)(nil),      // 5: compsc.device.v1.InterfaceStatus
+	(*Step)(nil),                 // 6: compsc.device.v1.Step
+	(*PrepareSourceRequest)(nil), // 7: compsc.device.v1.PrepareSourceRequest
+	(*PrepareSourceReply)(nil),   // 8: compsc.device.v1.PrepareSourceReply
+	(*SourceInterface)(nil),      // 9: compsc.device.v1.SourceInterface
+	(*AwaitCaptureRequest)(nil),  // 10: compsc.device.v1.AwaitCaptureRequest
+	(*AwaitCaptureReply)(nil),    // 11: compsc.device.v1.AwaitCaptureReply
+	(*InterfaceState)(nil),       // 12: compsc.device.v1.InterfaceState
+	(*ReleaseSourceRequest)(nil), // 13: compsc.device.v1.ReleaseSourceRequest
+	(*ReleaseSourceReply)(nil),   // 14: compsc.device.v1.ReleaseSourceReply
+	(*InterfacePages)(nil),       // 15: compsc.device.v1.InterfacePages
+	(*RelinquishRequest)(nil),    // 16: compsc.device.v1.RelinquishRequest
+	(*RelinquishReply)(nil),      // 17: compsc.device.v1.RelinquishReply
+	(*CancelSourceRequest)(nil),  // 18: compsc.device.v1.CancelSourceRequest
+	(*CancelSourceReply)(nil),    // 19: compsc.device.v1.CancelSourceReply
+	(*PrepareTargetRequest)(nil), // 20: compsc.device.v1.PrepareTargetRequest
+	(*PrepareTargetReply)(nil),   // 21: compsc.device.v1.PrepareTargetReply
+	(*InterfaceEpoch)(nil),       // 22: compsc.device.v1.InterfaceEpoch
+	(*AcceptStateRequest)(nil),   // 23: compsc.device.v1.AcceptStateRequest
+	(*AcceptStateReply)(nil),     // 24: compsc.device.v1.AcceptStateReply
+	(*AwaitStartRequest)(nil),    // 25: compsc.device.v1.AwaitStartRequest
+	(*AwaitStartReply)(nil),      // 26: compsc.device.v1.AwaitStartReply
+	(*ActivateRequest)(nil),      // 27: compsc.device.v1.ActivateRequest
+	(*ActivateReply)(nil),        // 28: compsc.device.v1.ActivateReply
+	(*InterfaceRestore)(nil),     // 29: compsc.device.v1.InterfaceRestore
+	(*AwaitRunningRequest)(nil),  // 30: compsc.device.v1.AwaitRunningRequest
+	(*AwaitRunningReply)(nil),    // 31: compsc.device.v1.AwaitRunningReply
+	(*CancelTargetRequest)(nil),  // 32: compsc.device.v1.CancelTargetRequest
+	(*CancelTargetReply)(nil),    // 33: compsc.device.v1.CancelTargetReply
+	(*durationpb.Duration)(nil),  // 34: google.protobuf.Duration
 }
 var file_agent_device_controlpb_control_proto_depIdxs = []int32{
 	0,  // 0: compsc.device.v1.StatusReply.role:type_name -> compsc.device.v1.Role
 	1,  // 1: compsc.device.v1.StatusReply.phase:type_name -> compsc.device.v1.Phase
-	4,  // 2: compsc.device.v1.StatusReply.interfaces:type_name -> compsc.device.v1.InterfaceStatus
-	33, // 3: compsc.device.v1.Step.took:type_name -> google.protobuf.Duration
-	33, // 4: compsc.device.v1.PrepareSourceRequest.hold_timeout:type_name -> google.protobuf.Duration
-	8,  // 5: compsc.device.v1.PrepareSourceReply.interfaces:type_name -> compsc.device.v1.SourceInterface
-	21, // 6: compsc.device.v1.AwaitCaptureRequest.epochs:type_name -> compsc.device.v1.InterfaceEpoch
-	11, // 7: compsc.device.v1.AwaitCaptureReply.states:type_name -> compsc.device.v1.InterfaceState
-	5,  // 8: compsc.device.v1.AwaitCaptureReply.steps:type_name -> compsc.device.v1.Step
-	33, // 9: compsc.device.v1.AwaitCaptureReply.vm_stopped_for:type_name -> google.protobuf.Duration
-	33, // 10: compsc.device.v1.AwaitCaptureReply.device_stopped_for:type_name -> google.protobuf.Duration
-	14, // 11: compsc.device.v1.ReleaseSourceReply.pages:type_name -> compsc.device.v1.InterfacePages
-	5,  // 12: compsc.device.v1.ReleaseSourceReply.steps:type_name -> compsc.device.v1.Step
-	8,  // 13: compsc.device.v1.PrepareTargetRequest.interfaces:type_name -> compsc.device.v1.SourceInterface
-	33, // 14: compsc.device.v1.PrepareTargetRequest.hold_timeout:type_name -> google.protobuf.Duration
-	21, // 15: compsc.device.v1.PrepareTargetReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
-	11, // 16: compsc.device.v1.AcceptStateRequest.states:type_name -> compsc.device.v1.InterfaceState
-	33, // 17: compsc.device.v1.AcceptStateRequest.vm_stopped_for:type_name -> google.protobuf.Duration
-	33, // 18: compsc.device.v1.AcceptStateRequest.device_stopped_for:type_name -> google.protobuf.Duration
-	28, // 19: compsc.device.v1.ActivateReply.interfaces:type_name -> compsc.device.v1.InterfaceRestore
-	5,  // 20: compsc.device.v1.ActivateReply.steps:type_name -> compsc.device.v1.Step
-	33, // 21: compsc.device.v1.AwaitRunningReply.vm_stopped:type_name -> google.protobuf.Duration
-	33, // 22: compsc.device.v1.AwaitRunningReply.device_stopped:type_name -> google.protobuf.Duration
-	5,  // 23: compsc.device.v1.AwaitRunningReply.steps:type_name -> compsc.device.v1.Step
-	2,  // 24: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
-	6,  // 25: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
-	9,  // 26: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
-	12, // 27: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
-	15, // 28: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
-	17, // 29: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
-	19, // 30: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
-	22, // 31: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
-	24, // 32: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
-	26, // 33: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
-	29, // 34: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
-	31, // 35: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
-	3,  // 36: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
-	7,  // 37: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
-	10, // 38: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
-	13, // 39: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
-	16, // 40: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
-	18, // 41: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
-	20, // 42: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
-	23, // 43: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
-	25, // 44: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
-	27, // 45: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
-	30, // 46: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
-	32, // 47: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
-	36, // [36:48] is the sub-list for method output_type
-	24, // [24:36] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	5,  // 2: compsc.device.v1.StatusReply.interfaces:type_name -> compsc.device.v1.InterfaceStatus
+	4,  // 3: compsc.device.v1.StatusReply.protocols:type_name -> compsc.device.v1.Protocols
+	34, // 4: compsc.device.v1.Step.took:type_name -> google.protobuf.Duration
+	34, // 5: compsc.device.v1.PrepareSourceRequest.hold_timeout:type_name -> google.protobuf.Duration
+	9,  // 6: compsc.device.v1.PrepareSourceReply.interfaces:type_name -> compsc.device.v1.SourceInterface
+	22, // 7: compsc.device.v1.AwaitCaptureRequest.epochs:type_name -> compsc.device.v1.InterfaceEpoch
+	12, // 8: compsc.device.v1.AwaitCaptureReply.states:type_name -> compsc.device.v1.InterfaceState
+	6,  // 9: compsc.device.v1.AwaitCaptureReply.steps:type_name -> compsc.device.v1.Step
+	34, // 10: compsc.device.v1.AwaitCaptureReply.vm_stopped_for:type_name -> google.protobuf.Duration
+	34, // 11: compsc.device.v1.AwaitCaptureReply.device_stopped_for:type_name -> google.protobuf.Duration
+	15, // 12: compsc.device.v1.ReleaseSourceReply.pages:type_name -> compsc.device.v1.InterfacePages
+	6,  // 13: compsc.device.v1.ReleaseSourceReply.steps:type_name -> compsc.device.v1.Step
+	9,  // 14: compsc.device.v1.PrepareTargetRequest.interfaces:type_name -> compsc.device.v1.SourceInterface
+	34, // 15: compsc.device.v1.PrepareTargetRequest.hold_timeout:type_name -> google.protobuf.Duration
+	22, // 16: compsc.device.v1.PrepareTargetReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
+	12, // 17: compsc.device.v1.AcceptStateRequest.states:type_name -> compsc.device.v1.InterfaceState
+	34, // 18: compsc.device.v1.AcceptStateRequest.vm_stopped_for:type_name -> google.protobuf.Duration
+	34, // 19: compsc.device.v1.AcceptStateRequest.device_stopped_for:type_name -> google.protobuf.Duration
+	29, // 20: compsc.device.v1.ActivateReply.interfaces:type_name -> compsc.device.v1.InterfaceRestore
+	6,  // 21: compsc.device.v1.ActivateReply.steps:type_name -> compsc.device.v1.Step
+	34, // 22: compsc.device.v1.AwaitRunningReply.vm_stopped:type_name -> google.protobuf.Duration
+	34, // 23: compsc.device.v1.AwaitRunningReply.device_stopped:type_name -> google.protobuf.Duration
+	6,  // 24: compsc.device.v1.AwaitRunningReply.steps:type_name -> compsc.device.v1.Step
+	2,  // 25: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
+	7,  // 26: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
+	10, // 27: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
+	13, // 28: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
+	16, // 29: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
+	18, // 30: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
+	20, // 31: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
+	23, // 32: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
+	25, // 33: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
+	27, // 34: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
+	30, // 35: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
+	32, // 36: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
+	3,  // 37: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
+	8,  // 38: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
+	11, // 39: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
+	14, // 40: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
+	17, // 41: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
+	19, // 42: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
+	21, // 43: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
+	24, // 44: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
+	26, // 45: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
+	28, // 46: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
+	31, // 47: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
+	33, // 48: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
+	37, // [37:49] is the sub-list for method output_type
+	25, // [25:37] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_agent_device_controlpb_control_proto_init() }
@@ -2220,7 +2289,7 @@ func file_agent_device_controlpb_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_device_controlpb_control_proto_rawDesc), len(file_agent_device_controlpb_control_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

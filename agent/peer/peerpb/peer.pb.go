@@ -88,9 +88,11 @@ func (x *Migration) GetUid() string {
 }
 
 type PrepareRequest struct {
-	state         protoimpl.MessageState       `protogen:"open.v1"`
-	Migration     *Migration                   `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
-	Interfaces    []*controlpb.SourceInterface `protobuf:"bytes,2,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	state      protoimpl.MessageState       `protogen:"open.v1"`
+	Migration  *Migration                   `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
+	Interfaces []*controlpb.SourceInterface `protobuf:"bytes,2,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	// What the source's agent speaks.
+	Protocols     *controlpb.Protocols `protobuf:"bytes,3,opt,name=protocols,proto3" json:"protocols,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -135,6 +137,13 @@ func (x *PrepareRequest) GetMigration() *Migration {
 func (x *PrepareRequest) GetInterfaces() []*controlpb.SourceInterface {
 	if x != nil {
 		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *PrepareRequest) GetProtocols() *controlpb.Protocols {
+	if x != nil {
+		return x.Protocols
 	}
 	return nil
 }
@@ -511,12 +520,13 @@ const file_agent_peer_peerpb_peer_proto_rawDesc = "" +
 	"\tMigration\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
-	"\x03uid\x18\x03 \x01(\tR\x03uid\"\x8c\x01\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"\xc7\x01\n" +
 	"\x0ePrepareRequest\x127\n" +
 	"\tmigration\x18\x01 \x01(\v2\x19.compsc.peer.v1.MigrationR\tmigration\x12A\n" +
 	"\n" +
 	"interfaces\x18\x02 \x03(\v2!.compsc.device.v1.SourceInterfaceR\n" +
-	"interfaces\"\x96\x01\n" +
+	"interfaces\x129\n" +
+	"\tprotocols\x18\x03 \x01(\v2\x1b.compsc.device.v1.ProtocolsR\tprotocols\"\x96\x01\n" +
 	"\fPrepareReply\x12\x1a\n" +
 	"\baccepted\x18\x01 \x01(\bR\baccepted\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
@@ -568,33 +578,35 @@ var file_agent_peer_peerpb_peer_proto_goTypes = []any{
 	(*WithdrawRequest)(nil),           // 7: compsc.peer.v1.WithdrawRequest
 	(*WithdrawReply)(nil),             // 8: compsc.peer.v1.WithdrawReply
 	(*controlpb.SourceInterface)(nil), // 9: compsc.device.v1.SourceInterface
-	(*controlpb.InterfaceEpoch)(nil),  // 10: compsc.device.v1.InterfaceEpoch
-	(*controlpb.InterfaceState)(nil),  // 11: compsc.device.v1.InterfaceState
-	(*durationpb.Duration)(nil),       // 12: google.protobuf.Duration
+	(*controlpb.Protocols)(nil),       // 10: compsc.device.v1.Protocols
+	(*controlpb.InterfaceEpoch)(nil),  // 11: compsc.device.v1.InterfaceEpoch
+	(*controlpb.InterfaceState)(nil),  // 12: compsc.device.v1.InterfaceState
+	(*durationpb.Duration)(nil),       // 13: google.protobuf.Duration
 }
 var file_agent_peer_peerpb_peer_proto_depIdxs = []int32{
 	0,  // 0: compsc.peer.v1.PrepareRequest.migration:type_name -> compsc.peer.v1.Migration
 	9,  // 1: compsc.peer.v1.PrepareRequest.interfaces:type_name -> compsc.device.v1.SourceInterface
-	10, // 2: compsc.peer.v1.PrepareReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
-	0,  // 3: compsc.peer.v1.DeliverRequest.migration:type_name -> compsc.peer.v1.Migration
-	11, // 4: compsc.peer.v1.DeliverRequest.states:type_name -> compsc.device.v1.InterfaceState
-	12, // 5: compsc.peer.v1.DeliverRequest.vm_stopped_for:type_name -> google.protobuf.Duration
-	12, // 6: compsc.peer.v1.DeliverRequest.device_stopped_for:type_name -> google.protobuf.Duration
-	0,  // 7: compsc.peer.v1.CommitRequest.migration:type_name -> compsc.peer.v1.Migration
-	0,  // 8: compsc.peer.v1.WithdrawRequest.migration:type_name -> compsc.peer.v1.Migration
-	1,  // 9: compsc.peer.v1.Peer.Prepare:input_type -> compsc.peer.v1.PrepareRequest
-	3,  // 10: compsc.peer.v1.Peer.Deliver:input_type -> compsc.peer.v1.DeliverRequest
-	5,  // 11: compsc.peer.v1.Peer.Commit:input_type -> compsc.peer.v1.CommitRequest
-	7,  // 12: compsc.peer.v1.Peer.Withdraw:input_type -> compsc.peer.v1.WithdrawRequest
-	2,  // 13: compsc.peer.v1.Peer.Prepare:output_type -> compsc.peer.v1.PrepareReply
-	4,  // 14: compsc.peer.v1.Peer.Deliver:output_type -> compsc.peer.v1.DeliverReply
-	6,  // 15: compsc.peer.v1.Peer.Commit:output_type -> compsc.peer.v1.CommitReply
-	8,  // 16: compsc.peer.v1.Peer.Withdraw:output_type -> compsc.peer.v1.WithdrawReply
-	13, // [13:17] is the sub-list for method output_type
-	9,  // [9:13] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	10, // 2: compsc.peer.v1.PrepareRequest.protocols:type_name -> compsc.device.v1.Protocols
+	11, // 3: compsc.peer.v1.PrepareReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
+	0,  // 4: compsc.peer.v1.DeliverRequest.migration:type_name -> compsc.peer.v1.Migration
+	12, // 5: compsc.peer.v1.DeliverRequest.states:type_name -> compsc.device.v1.InterfaceState
+	13, // 6: compsc.peer.v1.DeliverRequest.vm_stopped_for:type_name -> google.protobuf.Duration
+	13, // 7: compsc.peer.v1.DeliverRequest.device_stopped_for:type_name -> google.protobuf.Duration
+	0,  // 8: compsc.peer.v1.CommitRequest.migration:type_name -> compsc.peer.v1.Migration
+	0,  // 9: compsc.peer.v1.WithdrawRequest.migration:type_name -> compsc.peer.v1.Migration
+	1,  // 10: compsc.peer.v1.Peer.Prepare:input_type -> compsc.peer.v1.PrepareRequest
+	3,  // 11: compsc.peer.v1.Peer.Deliver:input_type -> compsc.peer.v1.DeliverRequest
+	5,  // 12: compsc.peer.v1.Peer.Commit:input_type -> compsc.peer.v1.CommitRequest
+	7,  // 13: compsc.peer.v1.Peer.Withdraw:input_type -> compsc.peer.v1.WithdrawRequest
+	2,  // 14: compsc.peer.v1.Peer.Prepare:output_type -> compsc.peer.v1.PrepareReply
+	4,  // 15: compsc.peer.v1.Peer.Deliver:output_type -> compsc.peer.v1.DeliverReply
+	6,  // 16: compsc.peer.v1.Peer.Commit:output_type -> compsc.peer.v1.CommitReply
+	8,  // 17: compsc.peer.v1.Peer.Withdraw:output_type -> compsc.peer.v1.WithdrawReply
+	14, // [14:18] is the sub-list for method output_type
+	10, // [10:14] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_agent_peer_peerpb_peer_proto_init() }
