@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
@@ -110,6 +111,8 @@ func managerCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&kubeconfig, "kubeconfig", "", "file that reaches the API server; default: the pod's service account")
 	f.StringVar(&o.Namespace, "namespace", v1alpha1.SystemNamespace, "namespace of the leases")
+	f.BoolVar(&o.CARotate, "ca-rotate", true, "make and renew the authority of the agents' certificates; false if somebody else writes Secret "+v1alpha1.AuthoritySecret)
+	f.DurationVar(&o.CAOverlap, "ca-overlap", time.Minute, "how long a new authority is known to the agents before it signs")
 	f.BoolVar(&o.LeaderElection, "leader-elect", true, "let one of several managers act")
 	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8080", "where to serve metrics, 0 for nowhere")
 	f.StringVar(&o.HealthAddress, "health-probe-bind-address", "0", "where to serve /healthz and /readyz, 0 for nowhere")
@@ -150,6 +153,9 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&o.TLS.Key, "tls-key", "/etc/compsc/tls/tls.key", "its key")
 	f.StringVar(&o.TLS.CA, "tls-ca", "/etc/compsc/tls/ca.crt", "the authorities that other agents' certificates must come from")
 	f.StringVar(&o.HookSocket, "hook-socket", "", "where to serve KubeVirt's node hooks, usually "+nodehook.Socket+"; empty for nowhere")
+	f.StringVar(&o.TLSSigner, "tls-signer", "", "signer that is asked for the node's certificate, usually "+v1alpha1.CertificateSigner+"; the agent writes the three files then; empty if somebody else does")
+	f.DurationVar(&o.DrainTimeout, "drain-timeout", 0, "how long an agent that is to end goes on for the migrations of its node; 0 for not at all")
+	f.StringVar(&o.HealthAddress, "health-probe-bind-address", "0", "where to serve /healthz and /readyz, 0 for nowhere")
 	f.StringVar(&o.MetricsAddress, "metrics-bind-address", ":8081", "where to serve metrics, 0 for nowhere")
 	f.StringVar(&backend, "backend", "", "what the VFs are: vfio (the node's NICs) or model; default: model if --model-pf is given, else vfio")
 	f.StringArrayVar(&models, "model-pf", nil, "a modelled PF, such as name=pf0,vfs=2,bridge=br0; may be repeated")

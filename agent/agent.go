@@ -15,9 +15,11 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-logr/logr"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -26,6 +28,7 @@ import (
 	"k8s.io/client-go/tools/events"
 	virtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	"compsc.io/compsc/agent/host"
 	"compsc.io/compsc/agent/kubelet"
@@ -76,6 +79,16 @@ type Options struct {
 	PeerAdvertise string
 	// TLS names the node's certificate, its key, and the authorities trusted.
 	TLS peer.Files
+	// TLSSigner is the signer that the agent asks for that certificate, usually
+	// v1alpha1.CertificateSigner; the agent writes the files then. Empty if the
+	// files are somebody else's.
+	TLSSigner string
+	// DrainTimeout is how long an agent that is to end goes on for the
+	// migrations of its node that are under way; 0 for not at all.
+	DrainTimeout time.Duration
+	// HealthAddress is where /healthz and /readyz are served, host:port; empty
+	// or "0" for nowhere.
+	HealthAddress string
 	// Host serves the node's VFs; required.
 	Host Host
 	// HookSocket is where KubeVirt's node hooks are served, usually
@@ -108,6 +121,9 @@ func (o *Options) complete() error {
 	}
 	if o.MetricsAddress == "" {
 		o.MetricsAddress = "0" // controller-runtime's word for none
+	}
+	if o.HealthAddress == "" {
+		o.HealthAddress = "0"
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
@@ -164,6 +180,12 @@ type agent struct {
 	limits       limits
 	work         *workers
 	tries        *tries
+	creds        *peer.Credentials
+	refused      refusals
+	// draining says that the agent is to end, drainTold that its VFNode says so.
+	draining, drainTold atomic.Bool
+	// pokes has the VFNode brought up to date.
+	pokes chan event.GenericEvent
 	// known holds the []kubevirt.Interface of pods, by UID.
 	known sync.Map
 	// hooked says that KubeVirt's node hooks are served.
@@ -176,7 +198,7 @@ type agent struct {
 func newScheme() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		corev1.AddToScheme, coordinationv1.AddToScheme, virtv1.AddToScheme, cluster.AddToScheme, v1alpha1.AddToScheme,
+		corev1.AddToScheme, coordinationv1.AddToScheme, certificatesv1.AddToScheme, virtv1.AddToScheme, cluster.AddToScheme, v1alpha1.AddToScheme,
 	} {
 		if err := add(s); err != nil {
 			return nil, err

@@ -35,10 +35,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/launcher"
 	"compsc.io/compsc/agent/peer"
+	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -171,7 +173,7 @@ func (l *lab) newNode(name string) *labNode {
 	n := &labNode{lab: l, name: name, podsDir: filepath.Join(dir, "pods"), procDir: l.t.TempDir(), host: &fakeHost{prepared: map[string]string{}},
 		files: peer.Files{Cert: filepath.Join(dir, "crt"), Key: filepath.Join(dir, "key"), CA: filepath.Join(dir, "ca")}}
 	key := newKey(l.t)
-	cert := l.sign(&x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{peer.NodeURI(name)},
+	cert := l.sign(&x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{spiffe.NodeURI(name)},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}}, l.ca, key)
 	der, err := x509.MarshalECPrivateKey(key)
@@ -212,7 +214,7 @@ func (n *labNode) start() {
 	a := &agent{node: n.name, namespace: v1alpha1.SystemNamespace, version: "test", advertise: n.address,
 		client: n.lab.client, live: n.lab.client, host: n.host, peers: peer.NewClient(creds), devices: newDevices(n.podsDir),
 		events: events.NewFakeRecorder(1000), log: log, work: newWorkers(log), tries: newTries(),
-		found:  found{qemus: launcher.New(n.procDir)},
+		creds: creds, pokes: make(chan event.GenericEvent, 1), found: found{qemus: launcher.New(n.procDir)},
 		limits: limits{retry: 3 * time.Second, pause: 10 * time.Millisecond, call: 2 * time.Second, watch: 200 * time.Millisecond}}
 	n.agent = a
 	var dead atomic.Bool

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"time"
 
@@ -18,10 +19,13 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	ctrlsource "sigs.k8s.io/controller-runtime/pkg/source"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/launcher"
@@ -40,8 +44,8 @@ func Run(ctx context.Context, o Options) error {
 	if err := o.complete(); err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
-	creds, err := peer.NewCredentials(o.NodeName, o.TLS)
-	if err != nil {
+	creds := peer.AwaitCredentials(o.NodeName, o.TLS)
+	if err := creds.Check(time.Now()); err != nil && o.TLSSigner == "" {
 		return fmt.Errorf("agent: %w", err)
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.PeerListen)
@@ -60,10 +64,24 @@ func Run(ctx context.Context, o Options) error {
 	a := &agent{
 		node: o.NodeName, namespace: o.Namespace, version: o.Version, advertise: advertise,
 		client: mgr.GetClient(), live: mgr.GetAPIReader(), host: o.Host,
-		peers: peer.NewClient(creds), devices: newDevices(o.PodsDir), podResources: o.PodResources,
+		creds: creds, peers: peer.NewClient(creds), devices: newDevices(o.PodsDir), podResources: o.PodResources,
 		events: mgr.GetEventRecorder("compsc-agent"), log: o.Log, limits: defaultLimits,
-		work: newWorkers(o.Log), tries: newTries(),
+		work: newWorkers(o.Log), tries: newTries(), pokes: make(chan event.GenericEvent, 1),
 		hooked: o.HookSocket != "", found: found{qemus: launcher.New(o.ProcDir)},
+	}
+	creds.OnRefused(a.peerRefused)
+	if o.TLSSigner != "" {
+		if err := a.certify(mgr, o); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+	}
+	if err := mgr.AddHealthzCheck("ping", healthz.Ping); err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	for name, check := range a.readyChecks(mgr) {
+		if err := mgr.AddReadyzCheck(name, check); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
 	}
 	if err := a.setup(mgr); err != nil {
 		return fmt.Errorf("agent: %w", err)
@@ -100,7 +118,9 @@ func Run(ctx context.Context, o Options) error {
 		}
 	}
 	o.Log.Info("agent starts", "node", o.NodeName, "peers", advertise, "version", o.Version)
-	err = mgr.Start(ctx)
+	drained, cancelDrained := a.untilDrained(ctx, o.DrainTimeout)
+	defer cancelDrained()
+	err = mgr.Start(drained)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	if cerr := a.work.close(stop); cerr != nil {
@@ -127,7 +147,7 @@ func newManager(o Options) (manager.Manager, error) {
 		Scheme:                  scheme,
 		Logger:                  logSink(o.Log),
 		Metrics:                 metricsserver.Options{BindAddress: o.MetricsAddress},
-		HealthProbeBindAddress:  "0",
+		HealthProbeBindAddress:  o.HealthAddress,
 		LeaderElection:          false,
 		GracefulShutdownTimeout: &graceful,
 		Cache: cache.Options{
@@ -138,7 +158,10 @@ func newManager(o Options) (manager.Manager, error) {
 					Label: labels.SelectorFromSet(labels.Set{kubevirt.LabelApp: kubevirt.AppLauncher}),
 				},
 				&coordinationv1.Lease{}: {Namespaces: map[string]cache.Config{o.Namespace: {LabelSelector: vfLeases}}},
-				&v1alpha1.VFNode{}:      {Field: fields.OneTermEqualSelector("metadata.name", o.NodeName)},
+				&corev1.ConfigMap{}: {Namespaces: map[string]cache.Config{
+					o.Namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", v1alpha1.TrustConfigMap)},
+				}},
+				&v1alpha1.VFNode{}: {Field: fields.OneTermEqualSelector("metadata.name", o.NodeName)},
 			},
 		},
 	})
@@ -167,7 +190,7 @@ func (a *agent) setup(mgr manager.Manager) error {
 		return []ctrl.Request{{NamespacedName: types.NamespacedName{Name: a.node}}}
 	})
 	nodes := ctrl.NewControllerManagedBy(mgr).Named("vfnode").For(&v1alpha1.VFNode{}).
-		Watches(&coordinationv1.Lease{}, one).WithOptions(options(1))
+		Watches(&coordinationv1.Lease{}, one).WatchesRawSource(ctrlsource.Channel(a.pokes, one)).WithOptions(options(1))
 	if err := nodes.Complete(reconcile.Func(a.reconcileNode)); err != nil {
 		return err
 	}
@@ -185,6 +208,39 @@ func (a *agent) setup(mgr manager.Manager) error {
 		}
 		return nil
 	}))
+}
+
+// certify has the node's certificate got and renewed.
+func (a *agent) certify(mgr manager.Manager, o Options) error {
+	c := &certifier{agent: a, signer: o.TLSSigner, files: o.TLS, now: time.Now}
+	skip := true
+	return ctrl.NewControllerManagedBy(mgr).Named("certificate").For(&corev1.ConfigMap{}).
+		WatchesRawSource(ctrlsource.Func(c.start)).
+		WithOptions(controller.Options{MaxConcurrentReconciles: 1, SkipNameValidation: &skip}).
+		Complete(reconcile.Func(c.reconcile))
+}
+
+// poke has the VFNode brought up to date soon.
+func (a *agent) poke() {
+	select {
+	case a.pokes <- event.GenericEvent{Object: &v1alpha1.VFNode{}}:
+	default: // as many are waiting as there can be
+	}
+}
+
+// readyChecks are the conditions under which the agent serves migrations.
+func (a *agent) readyChecks(mgr manager.Manager) map[string]healthz.Checker {
+	return map[string]healthz.Checker{
+		"certificate": func(*http.Request) error { return a.creds.Check(time.Now()) },
+		"cache": func(r *http.Request) error {
+			ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+			defer cancel()
+			if !mgr.GetCache().WaitForCacheSync(ctx) {
+				return errors.New("the API server has not been read yet")
+			}
+			return nil
+		},
+	}
 }
 
 func podOfLease(_ context.Context, o client.Object) []ctrl.Request {

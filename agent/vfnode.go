@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -43,8 +44,13 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	pfs, err := a.host.Inventory(ctx)
 	ready := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionReady,
 		Message: "the agent serves migrations", ObservedGeneration: n.Generation}
+	draining := a.draining.Load()
 	if err != nil {
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "InventoryFailed", cut(err.Error(), maxMessage)
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, v1alpha1.ReasonInventoryFailed, cut(err.Error(), maxMessage)
+	} else if draining {
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, v1alpha1.ReasonDraining, "the agent ends when the migrations of its node have; its successor serves new ones"
+	} else if err := a.creds.Check(time.Now()); err != nil {
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, v1alpha1.ReasonCertificateUnavailable, cut(err.Error(), maxMessage)
 	}
 	meta.SetStatusCondition(&n.Status.Conditions, ready)
 	for _, c := range a.findings(ctx) {
@@ -74,6 +80,7 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 			return ctrl.Result{}, fmt.Errorf("VFNode %s: %w", a.node, err)
 		}
 	}
+	a.drainTold.Store(draining)
 	if ready.Status != metav1.ConditionTrue {
 		return ctrl.Result{RequeueAfter: a.limits.retry}, nil
 	}

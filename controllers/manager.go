@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/go-logr/logr"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/selection"
@@ -33,6 +36,12 @@ type Options struct {
 	Config *rest.Config
 	// Namespace holds the agents' leases and the manager's own; required.
 	Namespace string
+	// CARotate has the manager make and renew the authority of the agents'
+	// certificates; without it somebody else, such as cert-manager, writes the
+	// Secret v1alpha1.AuthoritySecret.
+	CARotate bool
+	// CAOverlap is how long a new authority is known before it signs.
+	CAOverlap time.Duration
 	// LeaderElection lets only one of several managers act. Without it there
 	// must be only one.
 	LeaderElection bool
@@ -72,7 +81,7 @@ func newManager(o Options) (ctrl.Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	cacheOptions, err := newCacheOptions()
+	cacheOptions, err := newCacheOptions(o.Namespace)
 	if err != nil {
 		return nil, err
 	}
@@ -115,6 +124,8 @@ func newManager(o Options) (ctrl.Manager, error) {
 		r,
 		&AdoptionReconciler{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Recorder: recorder},
 		&GuardReconciler{VFMigrationReconciler: r},
+		&TrustReconciler{Client: mgr.GetClient(), Recorder: recorder, Clock: r.Clock, Namespace: o.Namespace, Rotate: o.CARotate, Overlap: o.CAOverlap},
+		&CertificateReconciler{Client: mgr.GetClient(), Clock: r.Clock, Namespace: o.Namespace},
 	} {
 		if err := c.SetupWithManager(mgr); err != nil {
 			return nil, fmt.Errorf("set up controller: %w", err)
@@ -138,7 +149,7 @@ func newScheme() (*runtime.Scheme, error) {
 // only those that receive a VM, and of pods and VMIs only what is looked at.
 // Everything else is read from the API server when it is needed; a read that
 // would start to cache another kind fails.
-func newCacheOptions() (cache.Options, error) {
+func newCacheOptions(namespace string) (cache.Options, error) {
 	receiving, err := labels.NewRequirement(kubevirt.LabelMigrationJobUID, selection.Exists, nil)
 	if err != nil {
 		return cache.Options{}, fmt.Errorf("select target pods: %w", err)
@@ -152,8 +163,21 @@ func newCacheOptions() (cache.Options, error) {
 				Transform: trimPod,
 			},
 			&virtv1.VirtualMachineInstance{}: {Transform: trimVMI},
+			&corev1.Secret{}:                 only(namespace, v1alpha1.AuthoritySecret),
+			&corev1.ConfigMap{}:              only(namespace, v1alpha1.TrustConfigMap),
+			&certificatesv1.CertificateSigningRequest{}: {
+				Field: fields.OneTermEqualSelector("spec.signerName", v1alpha1.CertificateSigner),
+			},
 		},
 	}, nil
+}
+
+// only has one object cached, which is all that RBAC lets the manager read of
+// its kind.
+func only(namespace, name string) cache.ByObject {
+	return cache.ByObject{Namespaces: map[string]cache.Config{
+		namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", name)},
+	}}
 }
 
 // trimPod keeps of a pod what scope looks at.

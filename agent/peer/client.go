@@ -60,7 +60,7 @@ func (c *Client) Connect(node, address string) (*Conn, error) {
 	s := c.conns[k]
 	if s == nil {
 		conn, err := grpc.NewClient("passthrough:///"+address,
-			grpc.WithTransportCredentials(credentials.NewTLS(c.creds.clientConfig(node))),
+			grpc.WithTransportCredentials(credentials.NewTLS(c.creds.clientConfig(node, address))),
 			// No environment of the process decides where states go.
 			grpc.WithNoProxy(),
 			grpc.WithDisableServiceConfig(),

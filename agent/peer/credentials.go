@@ -2,9 +2,7 @@
 // mutual TLS 1.3. Each side proves that it is the agent of a node, and every
 // call is checked against the VFMigration that it names.
 //
-// A node's identity is the one URI name of its certificate,
-// spiffe://compsc.io/node/<node name>. Host names play no part: addresses of
-// agents are read from VFNodes and prove nothing.
+// Package spiffe says how a certificate names its node.
 package peer
 
 import (
@@ -13,39 +11,23 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
-	"strings"
 	"sync"
 	"time"
+
+	"compsc.io/compsc/agent/spiffe"
 )
 
-const (
-	trustDomain = "compsc.io"
-	nodePath    = "/node/"
-	// maxPEM bounds each of the files.
-	maxPEM = 1 << 20
+// maxPEM bounds each of the files.
+const maxPEM = 1 << 20
+
+var (
+	// ErrNoCertificate: the other side of a connection showed no certificate.
+	ErrNoCertificate = errors.New("the peer sent no certificate")
+	// ErrNoCredentials: this side has nothing to prove its node with, or to judge
+	// the other side by.
+	ErrNoCredentials = errors.New("this node has no certificate")
 )
-
-// NodeURI returns the URI that the certificate of the node's agent must carry
-// as its only URI name.
-func NodeURI(node string) *url.URL {
-	return &url.URL{Scheme: "spiffe", Host: trustDomain, Path: nodePath + node}
-}
-
-// NodeOf returns the node whose agent the certificate belongs to. It does not
-// verify the certificate.
-func NodeOf(cert *x509.Certificate) (string, error) {
-	if len(cert.URIs) != 1 {
-		return "", fmt.Errorf("certificate of %q has %d URI names, want one: %s", cert.Subject, len(cert.URIs), "spiffe://compsc.io/node/<node name>")
-	}
-	u := cert.URIs[0]
-	node, ok := strings.CutPrefix(u.Path, nodePath)
-	if !ok || node == "" || strings.Contains(node, "/") || u.String() != NodeURI(node).String() {
-		return "", fmt.Errorf("certificate name %q is not of the form spiffe://compsc.io/node/<node name>", u)
-	}
-	return node, nil
-}
 
 // Files name the PEM files that an agent proves itself with.
 type Files struct {
@@ -60,6 +42,8 @@ type Files struct {
 type Credentials struct {
 	node  string
 	files Files
+	// refused, if set, is told of connections that fail for a certificate.
+	refused func(address string, why error)
 
 	mu      sync.Mutex
 	stamp   [3]stamp
@@ -86,6 +70,40 @@ func NewCredentials(node string, files Files) (*Credentials, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// AwaitCredentials is NewCredentials for files that need not be there yet: until
+// they are, every connection fails.
+func AwaitCredentials(node string, files Files) *Credentials {
+	return &Credentials{node: node, files: files}
+}
+
+// OnRefused has f called, from any goroutine, for each connection that this side
+// refuses because the peer at the address does not prove its node, or because
+// there is nothing to prove the own node with. It must be called before the
+// credentials are used, and f must not block for long.
+func (c *Credentials) OnRefused(f func(address string, why error)) { c.refused = f }
+
+// refuse tells of a refusal, and returns its reason.
+func (c *Credentials) refuse(address string, why error) error {
+	if c.refused != nil {
+		c.refused(address, why)
+	}
+	return why
+}
+
+// Check returns nil if there is a certificate that is valid at the time, and
+// else why there is none.
+func (c *Credentials) Check(now time.Time) error {
+	pair, _, err := c.current()
+	if err != nil {
+		return err
+	}
+	if now.Before(pair.Leaf.NotBefore) || now.After(pair.Leaf.NotAfter) {
+		return fmt.Errorf("TLS certificate %s is valid from %s to %s only", c.files.Cert,
+			pair.Leaf.NotBefore.UTC().Format(time.RFC3339), pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // current returns what the files hold. Files that became unreadable, or are
@@ -141,7 +159,7 @@ func (c *Credentials) load() (*tls.Certificate, *x509.CertPool, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("TLS certificate %s with key %s: %w", c.files.Cert, c.files.Key, err)
 	}
-	node, err := NodeOf(pair.Leaf)
+	node, err := spiffe.NodeOf(pair.Leaf)
 	if err != nil {
 		return nil, nil, fmt.Errorf("TLS certificate %s: %w", c.files.Cert, err)
 	}
@@ -170,11 +188,11 @@ func readPEM(path string) ([]byte, error) {
 // returns its node.
 func (c *Credentials) verify(certs []*x509.Certificate, usage x509.ExtKeyUsage) (string, error) {
 	if len(certs) == 0 {
-		return "", errors.New("the peer sent no certificate")
+		return "", ErrNoCertificate
 	}
 	_, roots, err := c.current()
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("%w: %w", ErrNoCredentials, err)
 	}
 	intermediates := x509.NewCertPool()
 	for _, i := range certs[1:] {
@@ -185,44 +203,62 @@ func (c *Credentials) verify(certs []*x509.Certificate, usage x509.ExtKeyUsage) 
 	}); err != nil {
 		return "", fmt.Errorf("certificate of the peer: %w", err)
 	}
-	return NodeOf(certs[0])
+	return spiffe.NodeOf(certs[0])
+}
+
+// own returns the certificate to prove the own node with, to the peer at the
+// address.
+func (c *Credentials) own(address string) (*tls.Certificate, error) {
+	pair, _, err := c.current()
+	if err != nil {
+		return nil, c.refuse(address, fmt.Errorf("%w: %w", ErrNoCredentials, err))
+	}
+	return pair, nil
 }
 
 func (c *Credentials) serverConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
-		// Verification is ours, against the authorities of the moment.
-		ClientAuth:             tls.RequireAnyClientCert,
-		SessionTicketsDisabled: true,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			pair, _, err := c.current()
-			return pair, err
-		},
-		VerifyConnection: func(s tls.ConnectionState) error {
-			_, err := c.verify(s.PeerCertificates, x509.ExtKeyUsageClientAuth)
-			return err
+		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			return c.serverConfigFor(hello.Conn.RemoteAddr().String()), nil
 		},
 	}
 }
 
-// clientConfig is for connections to the agent of one node.
-func (c *Credentials) clientConfig(node string) *tls.Config {
+// serverConfigFor is for one connection from the address.
+func (c *Credentials) serverConfigFor(address string) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{"h2"},
+		// Verification is ours, against the authorities of the moment; it
+		// refuses those without a certificate too.
+		ClientAuth:             tls.RequestClientCert,
+		SessionTicketsDisabled: true,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.own(address) },
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if _, err := c.verify(s.PeerCertificates, x509.ExtKeyUsageClientAuth); err != nil {
+				return c.refuse(address, err)
+			}
+			return nil
+		},
+	}
+}
+
+// clientConfig is for connections to the agent of one node at the address.
+func (c *Credentials) clientConfig(node, address string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		// The peer's name is its node, not its host name: VerifyConnection
 		// does all that is skipped here.
-		InsecureSkipVerify: true,
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			pair, _, err := c.current()
-			return pair, err
-		},
+		InsecureSkipVerify:   true,
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.own(address) },
 		VerifyConnection: func(s tls.ConnectionState) error {
 			got, err := c.verify(s.PeerCertificates, x509.ExtKeyUsageServerAuth)
 			if err != nil {
-				return err
+				return c.refuse(address, err)
 			}
 			if got != node {
-				return fmt.Errorf("the peer is the agent of node %s, not of %s", got, node)
+				return c.refuse(address, fmt.Errorf("the peer is the agent of node %s, not of %s", got, node))
 			}
 			return nil
 		},

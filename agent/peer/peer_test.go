@@ -26,6 +26,7 @@ import (
 
 	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/peer/peerpb"
+	"compsc.io/compsc/agent/spiffe"
 )
 
 type authority struct {
@@ -80,7 +81,7 @@ func (a authority) issue(t *testing.T, dir, node string, trusts authority, opts 
 	if err != nil {
 		t.Fatal(err)
 	}
-	tmpl := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: node}, URIs: []*url.URL{NodeURI(node)},
+	tmpl := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: node}, URIs: []*url.URL{spiffe.NodeURI(node)},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}}
 	for _, o := range opts {

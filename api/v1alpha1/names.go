@@ -10,6 +10,22 @@ const LabelAgent = "compsc.io/agent"
 // while it lives, in the namespace CompSC is installed in.
 func AgentLeaseName(node string) string { return "agent-" + node }
 
+// Of the certificates with which agents prove their node to each other.
+const (
+	// CertificateSigner is the signer of the CertificateSigningRequests with
+	// which agents ask for theirs. The manager is that signer.
+	CertificateSigner = "compsc.io/agent"
+	// AuthoritySecret holds, in the namespace CompSC is installed in, the
+	// authority that signs them: tls.crt and tls.key.
+	AuthoritySecret = "compsc-ca"
+	// TrustConfigMap holds there, under TrustKey, the certificates of the
+	// authorities that agents trust, as PEM. The first is the one that signs.
+	TrustConfigMap = "compsc-trust"
+	TrustKey       = "ca.crt"
+	// AgentServiceAccount is the service account of the agents there.
+	AgentServiceAccount = "compsc-agent"
+)
+
 // Defaults of spec.timeouts. They equal those in the CRD, and serve objects
 // that no API server has defaulted.
 const (

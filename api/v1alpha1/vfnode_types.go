@@ -40,6 +40,29 @@ const (
 	ReasonVFIOUserMissing = "VFIOUserMissing"
 	// ReasonReconfigured: VFs in use were removed or changed.
 	ReasonReconfigured = "Reconfigured"
+	// ReasonInventoryFailed: the node's NICs could not be read.
+	ReasonInventoryFailed = "InventoryFailed"
+	// ReasonDraining: the agent ends when the migrations of its node have; the
+	// next agent serves new ones.
+	ReasonDraining = "Draining"
+	// ReasonCertificateUnavailable: the agent has no valid certificate to prove
+	// its node with. It is also the reason of an event when no new one could be got.
+	ReasonCertificateUnavailable = "CertificateUnavailable"
+)
+
+// Reasons of events of a VFNode: the node's agent refused a connection with
+// another agent.
+const (
+	// EventPeerCertificateMissing: the other side showed no certificate.
+	EventPeerCertificateMissing = "PeerCertificateMissing"
+	// EventPeerCertificateExpired: its certificate is not valid at this time.
+	EventPeerCertificateExpired = "PeerCertificateExpired"
+	// EventPeerCertificateUntrusted: its certificate is from an authority that
+	// agents do not trust.
+	EventPeerCertificateUntrusted = "PeerCertificateUntrusted"
+	// EventPeerRefused: it did not prove its node for another reason, which the
+	// event tells.
+	EventPeerRefused = "PeerRefused"
 )
 
 // VFNodeSpec is empty: a VFNode only reports.

@@ -18,7 +18,7 @@ type constant struct {
 }
 
 // constantsOf returns the exported constants that are conditions' types and
-// reasons, in the order of the source. One without a comment is an error,
+// reasons, and those of events, in the order of the source. One without a comment is an error,
 // unless it follows one that is explained together with it.
 func constantsOf(root string, dirs []string) ([]constant, error) {
 	var all []constant
@@ -56,7 +56,7 @@ func constantsIn(decl *ast.GenDecl) ([]constant, error) {
 			continue
 		}
 		name := spec.Names[0].Name
-		if !strings.HasPrefix(name, "Condition") && !strings.HasPrefix(name, "Reason") {
+		if !strings.HasPrefix(name, "Condition") && !strings.HasPrefix(name, "Reason") && !strings.HasPrefix(name, "Event") {
 			continue
 		}
 		value, err := text(spec.Values[0])
@@ -113,6 +113,8 @@ func conditionsPage(all []constant) (string, error) {
 			func(c constant) bool {
 				return strings.HasPrefix(c.name, "Reason") && (c.dir != conditionDirs[0] || strings.Contains(c.group, "that are not of package"))
 			}},
+		{"Events of a VFNode", "Warnings of the node's agent about connections with other agents; its log has each.",
+			func(c constant) bool { return strings.HasPrefix(c.name, "Event") }},
 	}
 	var b strings.Builder
 	b.WriteString(`# Conditions and reasons

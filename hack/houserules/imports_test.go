@@ -32,9 +32,11 @@ type rule struct {
 // rules are the project's layers, from the top down.
 var rules = []rule{
 	{"", []string{"api/...", "controllers", "agent/..."}}, // main
-	{"controllers", []string{"api/...", "agent/kubevirt/...", "agent/protocol"}},
-	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol"}},
-	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb"}},
+	{"controllers", []string{"api/...", "agent/kubevirt/...", "agent/protocol", "controllers/authority"}},
+	{"controllers/authority", []string{"agent/spiffe"}},
+	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol", "agent/spiffe"}},
+	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb", "agent/spiffe"}},
+	{"agent/spiffe", nil},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
 	{"agent/kubevirt/domain", nil},
 	{"agent/kubevirt/nodehook/hookpb", nil},
@@ -56,7 +58,7 @@ var rules = []rule{
 	{"agent/vfio/...", nil},
 	{"api/...", []string{"api/..."}},
 	{"e2e/twin", []string{"agent/compsc", "agent/family/...", "agent/model"}},
-	{"e2e/...", []string{"api/...", "controllers", "agent/...", "e2e/..."}},
+	{"e2e/...", []string{"api/...", "controllers/...", "agent/...", "e2e/..."}},
 	{"hack/genregs", []string{"agent/family/..."}},
 	{"hack/...", nil},
 }
