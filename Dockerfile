@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One image for all processes of CompSC; the subcommand is the argument. The
-# manager runs as the image's user; the agent and the device process need root,
-# which their pods ask for.
+# manager runs as the image's user, a device process as KubeVirt's; the agent
+# needs root, which its pod asks for.
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 ARG TARGETOS
 ARG TARGETARCH
@@ -17,7 +17,7 @@ RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache
     CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /compsc .
 
-FROM gcr.io/distroless/static:nonroot
+FROM scratch
 COPY --from=build /compsc /compsc
 USER 65532:65532
 ENTRYPOINT ["/compsc"]

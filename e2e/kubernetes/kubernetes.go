@@ -241,10 +241,6 @@ func poll(ctx context.Context, what string, ok func(context.Context) (bool, erro
 // LogDir is where the programs of the control plane log.
 func (c *Cluster) LogDir() string { return filepath.Join(c.lab.Dir, "log") }
 
-// ConfigDir is a directory of this process's that the node has as
-// /etc/kubernetes.
-func (c *Cluster) ConfigDir(node string) string { return filepath.Join(c.stateDir(node), "etc") }
-
 func (c *Cluster) stateDir(node string) string {
 	return filepath.Join(c.lab.Dir, "nodes", node)
 }

@@ -51,7 +51,7 @@ makeIPTablesUtilChains: false
 
 func (c *Cluster) startNode(i int, name string) error {
 	state := c.stateDir(name)
-	etc := c.ConfigDir(name)
+	etc := filepath.Join(state, "etc") // the node's /etc/kubernetes
 	if err := os.MkdirAll(etc, 0o700); err != nil {
 		return err
 	}

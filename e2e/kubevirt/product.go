@@ -18,7 +18,6 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"compsc.io/compsc/api/v1alpha1"
-	"compsc.io/compsc/e2e/pki"
 )
 
 const (
@@ -49,15 +48,6 @@ func (s *Stack) installProduct(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, productTimeout, errors.New("it took too long"))
 	defer cancel()
 	s.o.Progress("CompSC: manager, agents, network binding; device plugin")
-	ca, err := pki.New()
-	if err != nil {
-		return err
-	}
-	for name, n := range s.Lab.Nodes {
-		if _, err := ca.Issue(filepath.Join(s.Kube.ConfigDir(name), "compsc"), name, n.IP); err != nil {
-			return err
-		}
-	}
 	if err := s.registerBinding(ctx); err != nil {
 		return fmt.Errorf("the network binding: %w", err)
 	}
