@@ -60,6 +60,10 @@ qemu: artifacts compsc-demo ## Run the tests that move virtual machines (as root
 e2e-libvirt: artifacts compsc-demo ## Of those, run the tests that are about libvirt (as root).
 	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test libvirt $(TESTFLAGS)
 
+.PHONY: e2e-chart
+e2e-chart: artifacts helm build ## Install, upgrade and uninstall the Helm chart on a real API server, with its rights in force (as root).
+	@COMPSC_BINARY="$(CURDIR)/bin/compsc" hack/test chart $(TESTFLAGS)
+
 .PHONY: e2e-drivers
 e2e-drivers: qemu-tree guest ipxe kube kubevirt-crds ## Move guests with unmodified drivers that use all they can (as root).
 	@hack/test drivers $(TESTFLAGS)
@@ -81,10 +85,11 @@ e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers 
 FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc
 
 .PHONY: test
-test: ## Run all tests: unit, fuzz, apiserver, qemu, e2e-sriov.
+test: ## Run all tests: unit, fuzz, apiserver, e2e-chart, qemu, e2e-sriov.
 	@$(MAKE) --no-print-directory unit
 	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz $(FUZZED)
 	@$(MAKE) --no-print-directory apiserver
+	@$(MAKE) --no-print-directory e2e-chart
 	@$(MAKE) --no-print-directory qemu
 	@$(MAKE) --no-print-directory e2e-sriov
 
@@ -114,6 +119,10 @@ ipxe:
 .PHONY: kube
 kube:
 	@hack/kube/build
+
+.PHONY: helm
+helm:
+	@hack/helm/build
 
 .PHONY: kubevirt-crds
 kubevirt-crds:

@@ -23,6 +23,9 @@ type Set struct {
 	KubeVirtCRDs string
 	// QEMU is a root directory with QEMU and libvirt. COMPSC_QEMU overrides it.
 	QEMU string
+	// Helm is the program, Chart the repository's chart, which Find does not
+	// look for.
+	Helm, Chart string
 	// Kernel and Initrd are what guests boot, of the Debian release that
 	// COMPSC_GUEST names, bookworm by default.
 	Kernel, Initrd string
@@ -47,6 +50,8 @@ func Find(compsc string) (Set, error) {
 		ControlPlane: or(os.Getenv("KUBEBUILDER_ASSETS"), filepath.Join(cache, "kube", "bin")),
 		KubeVirtCRDs: or(os.Getenv("COMPSC_KUBEVIRT_CRDS"), filepath.Join(cache, "kubevirt-crds")),
 		QEMU:         or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "libvirt")),
+		Helm:         or(os.Getenv("COMPSC_HELM"), filepath.Join(cache, "helm", "helm")),
+		Chart:        filepath.Join(root, "charts", "compsc"),
 		Kernel:       filepath.Join(guest, "vmlinuz"),
 		Initrd:       filepath.Join(guest, "initramfs.gz"),
 	}

@@ -53,6 +53,9 @@ type Options struct {
 	ConfigDir string
 	// KubeVirtCRDs is a directory of KubeVirt's CRDs.
 	KubeVirtCRDs string
+	// Bare leaves out all that is of the product, for a test that installs it:
+	// its namespace, CRDs and RBAC, and the kubeconfigs of its parts.
+	Bare bool
 }
 
 // Cluster is a running control plane.
@@ -83,7 +86,10 @@ func Scheme() *runtime.Scheme {
 // Start runs a control plane that the lab's nodes reach. The caller must
 // Close it.
 func Start(ctx context.Context, l *lab.Lab, o Options) (_ *Cluster, err error) {
-	crds := []string{filepath.Join(o.ConfigDir, "crd"), o.KubeVirtCRDs}
+	crds := []string{o.KubeVirtCRDs}
+	if !o.Bare {
+		crds = append(crds, filepath.Join(o.ConfigDir, "crd"))
+	}
 	for _, d := range append([]string{o.Binaries}, crds...) {
 		if _, err := os.Stat(d); err != nil {
 			return nil, fmt.Errorf("control plane: %w", err)
@@ -137,6 +143,9 @@ func Start(ctx context.Context, l *lab.Lab, o Options) (_ *Cluster, err error) {
 		{&c.ManagerKubeconfig, "manager.kubeconfig", envtest.User{Name: ManagerUser, Groups: groups}},
 		{&c.AgentKubeconfig, "agent.kubeconfig", envtest.User{Name: AgentUser, Groups: groups}},
 	} {
+		if o.Bare && u.path != &c.AdminKubeconfig {
+			continue
+		}
 		user, err := c.env.AddUser(u.user, nil)
 		if err != nil {
 			return nil, fmt.Errorf("user %s: %w", u.user.Name, err)
@@ -164,10 +173,6 @@ func (c *Cluster) Close() error {
 
 // fill creates what an administrator and the kubelets would.
 func (c *Cluster) fill(ctx context.Context, l *lab.Lab, o Options) error {
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.SystemNamespace}}
-	if err := c.Client.Create(ctx, ns); err != nil && !apierrors.IsAlreadyExists(err) {
-		return err
-	}
 	for _, n := range l.Nodes {
 		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
 			Name: n.Name,
@@ -186,6 +191,13 @@ func (c *Cluster) fill(ctx context.Context, l *lab.Lab, o Options) error {
 		if err := c.Client.Status().Update(ctx, node); err != nil {
 			return fmt.Errorf("node %s: %w", n.Name, err)
 		}
+	}
+	if o.Bare {
+		return nil
+	}
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.SystemNamespace}}
+	if err := c.Client.Create(ctx, ns); err != nil && !apierrors.IsAlreadyExists(err) {
+		return err
 	}
 	return c.apply(ctx, filepath.Join(o.ConfigDir, "rbac"))
 }

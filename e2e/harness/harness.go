@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"golang.org/x/sys/unix"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -61,6 +62,18 @@ type Options struct {
 	// PFSettings, if set, are further settings of a node's modelled PF, such
 	// as "trust=true", for the agents that start from now on.
 	PFSettings func(node string) string
+	// Install, if set, installs the product into the cluster, which has nothing
+	// of it. Without it the harness does, in its own way.
+	Install func(context.Context, *Harness) (Installation, error)
+}
+
+// Installation says how the product's processes are started, as a kubelet would
+// start the containers of their pods.
+type Installation interface {
+	// Manager returns the arguments of a new manager's process.
+	Manager(context.Context) ([]string, error)
+	// Agent returns the arguments of a new process of the node's agent.
+	Agent(ctx context.Context, node string) ([]string, error)
 }
 
 // Harness is a running installation. Its methods are safe for concurrent use.
@@ -69,8 +82,9 @@ type Harness struct {
 	Cluster *cluster.Cluster
 	StandIn *standin.StandIn
 
-	o     Options
-	certs map[string]pki.Files
+	o         Options
+	certs     map[string]pki.Files
+	installed Installation
 
 	mu    sync.Mutex
 	procs map[string]*lab.Process
@@ -95,9 +109,16 @@ func Start(ctx context.Context, o Options) (_ *Harness, err error) {
 	o.Progress("control plane: etcd and kube-apiserver, CRDs, RBAC")
 	h.Cluster, err = cluster.Start(ctx, h.Lab, cluster.Options{
 		Binaries: o.Artifacts.ControlPlane, ConfigDir: o.Artifacts.Config, KubeVirtCRDs: o.Artifacts.KubeVirtCRDs,
+		Bare: o.Install != nil,
 	})
 	if err != nil {
 		return nil, err
+	}
+	if o.Install != nil {
+		o.Progress("the product's installation")
+		if h.installed, err = o.Install(ctx, h); err != nil {
+			return nil, err
+		}
 	}
 	ca, err := pki.New()
 	if err != nil {
@@ -156,6 +177,7 @@ func (h *Harness) Close() error {
 	return errors.Join(errs...)
 }
 
+// podsDir is where the node's kubelet would have the volumes of pods.
 func (h *Harness) podsDir(node string) string {
 	return filepath.Join(h.Lab.Dir, "nodes", node, "pods")
 }
@@ -186,6 +208,13 @@ func (h *Harness) process(name string) *lab.Process {
 
 // StartManager starts the manager.
 func (h *Harness) StartManager() error {
+	if h.installed != nil {
+		args, err := h.installed.Manager(context.Background())
+		if err != nil {
+			return err
+		}
+		return h.start(managerName, nil, args...)
+	}
 	return h.start(managerName, nil,
 		"manager", "--kubeconfig", h.Cluster.ManagerKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--leader-elect=false", "--metrics-bind-address", "0")
@@ -205,6 +234,13 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 			pf += "," + more
 		}
 	}
+	if h.installed != nil {
+		args, err := h.installed.Agent(context.Background(), node)
+		if err != nil {
+			return err
+		}
+		return h.start(agentName(node), n.NS, append(args, "--pods-dir", h.podsDir(node), "--model-pf", pf)...)
+	}
 	return h.start(agentName(node), n.NS,
 		"agent", "--node-name", node, "--kubeconfig", h.Cluster.AgentKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--pods-dir", h.podsDir(node), "--peer-listen", listen, "--peer-advertise", listen,
@@ -215,6 +251,24 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 
 // StopAgent kills the node's agent, as a failure would.
 func (h *Harness) StopAgent(node string) { h.kill(agentName(node)) }
+
+// EndAgent asks the node's agent to end, as a kubelet does, and returns its
+// process; another one can be started once that has ended.
+func (h *Harness) EndAgent(node string) (*lab.Process, error) { return h.end(agentName(node)) }
+
+// EndManager asks the manager to end, as a kubelet does, and returns its process.
+func (h *Harness) EndManager() (*lab.Process, error) { return h.end(managerName) }
+
+func (h *Harness) end(name string) (*lab.Process, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p := h.procs[name]
+	if p == nil {
+		return nil, fmt.Errorf("%s does not run", name)
+	}
+	delete(h.procs, name)
+	return p, p.Signal(unix.SIGTERM)
+}
 
 func (h *Harness) start(name string, ns *lab.NS, args ...string) error {
 	h.mu.Lock()
