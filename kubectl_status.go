@@ -110,7 +110,11 @@ func (p *plugin) show(w io.Writer, m *v1alpha1.VFMigration) error {
 	}
 	fmt.Fprintf(t, "Phase:\t%s\n", cmp.Or(st.Phase, v1alpha1.PhasePending))
 	if d := st.Downtime; d != nil {
-		fmt.Fprintf(t, "Stood still:\tVM %s, VFs %s\n", rounded(d.VMStopped.Duration), rounded(d.DeviceStopped.Duration))
+		gap := "no frames yet"
+		if d.LinkGap != nil {
+			gap = rounded(d.LinkGap.Duration).String()
+		}
+		fmt.Fprintf(t, "Stood still:\tVM %s, VFs %s, traffic %s\n", rounded(d.VMStopped.Duration), rounded(d.DeviceStopped.Duration), gap)
 	}
 	if f := st.Failure; f != nil {
 		fmt.Fprintf(t, "Failure:\t%s: %s\n", f.Reason, f.Message)

@@ -90,7 +90,7 @@ func moved() *v1alpha1.VFMigration {
 	stage(m, v1alpha1.PhaseVerifying, 9*time.Second, v1alpha1.ConditionCaptured, metav1.ConditionTrue, "Captured", "read")
 	stage(m, v1alpha1.PhaseSucceeded, 10*time.Second, v1alpha1.ConditionSucceeded, metav1.ConditionTrue, "Succeeded", "there")
 	m.Status.Steps = []v1alpha1.StepStatus{{Name: "source/capture", Took: took(60123 * time.Nanosecond)}, {Name: "source/hold", Took: took(123456789)}}
-	m.Status.Downtime = &v1alpha1.Downtime{VMStopped: took(180123456), DeviceStopped: took(1180123456)}
+	m.Status.Downtime = &v1alpha1.Downtime{VMStopped: took(180123456), DeviceStopped: took(1180123456), LinkGap: new(took(1190123456))}
 	m.Status.Devices = []v1alpha1.DeviceStatus{{Interface: "fast", StateBytes: 900, PagesMarked: 70, ReplayedOperations: 3, HeadsStrategy: "write",
 		Source: &v1alpha1.VFReference{VF: "0000:01:10.0", MAC: "52:54:00:c0:5c:01"}}}
 	return m
@@ -211,7 +211,7 @@ const timeline = `VFMigration:   vms/move
 VM:            db, node-a -> node-b
 Migration:     kubevirts
 Phase:         Succeeded
-Stood still:   VM 180.12ms, VFs 1.18s
+Stood still:   VM 180.12ms, VFs 1.18s, traffic 1.19s
 
 AFTER   CONDITION   STATUS   REASON      MESSAGE
 1s      Accepted    True     Accepted    all well

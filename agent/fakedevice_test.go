@@ -361,7 +361,8 @@ func (d *fakeDevice) AwaitRunning(ctx context.Context, r *pb.AwaitRunningRequest
 		}
 		return d.phase == pb.Phase_PHASE_RUNNING, nil
 	})
-	return &pb.AwaitRunningReply{VmStopped: durationpb.New(30 * time.Millisecond), DeviceStopped: durationpb.New(20 * time.Millisecond)}, err
+	return &pb.AwaitRunningReply{VmStopped: durationpb.New(30 * time.Millisecond), DeviceStopped: durationpb.New(20 * time.Millisecond),
+		LinkGap: durationpb.New(25 * time.Millisecond)}, err
 }
 
 func (d *fakeDevice) CancelTarget(_ context.Context, r *pb.CancelTargetRequest) (_ *pb.CancelTargetReply, err error) {

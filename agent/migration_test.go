@@ -152,7 +152,8 @@ func TestMigration(t *testing.T) {
 	if d != want {
 		t.Errorf("device %+v, want %+v", d, want)
 	}
-	if m.Status.Downtime == nil || m.Status.Downtime.VMStopped.Duration != 30*time.Millisecond || m.Status.Downtime.DeviceStopped.Duration != 20*time.Millisecond {
+	if m.Status.Downtime == nil || m.Status.Downtime.VMStopped.Duration != 30*time.Millisecond || m.Status.Downtime.DeviceStopped.Duration != 20*time.Millisecond ||
+		m.Status.Downtime.LinkGap == nil || m.Status.Downtime.LinkGap.Duration != 25*time.Millisecond {
 		t.Errorf("downtime %+v", m.Status.Downtime)
 	}
 	var steps []string

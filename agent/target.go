@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -370,6 +371,9 @@ func (r *targetRun) verify(ctx context.Context) *failure {
 			m.Status.Downtime = &v1alpha1.Downtime{}
 			m.Status.Downtime.VMStopped.Duration = reply.GetVmStopped().AsDuration()
 			m.Status.Downtime.DeviceStopped.Duration = reply.GetDeviceStopped().AsDuration()
+			if gap := reply.GetLinkGap(); gap != nil {
+				m.Status.Downtime.LinkGap = &metav1.Duration{Duration: gap.AsDuration()}
+			}
 			setTrue(m, v1alpha1.ConditionVerified, "the VM runs on node %s and its driver uses every VF", r.node)
 		}))
 		if err != nil {

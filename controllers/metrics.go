@@ -53,6 +53,12 @@ var (
 		Help:    "How long the VFs stood still in a VFMigration that succeeded.",
 		Buckets: stopBuckets,
 	})
+	linkGap = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "compsc_vfmigration_link_gap_seconds",
+		Help: "How long the VFs passed no frames, from their stop on the source to the first frames on the target, in a VFMigration that succeeded. " +
+			"A VM without traffic in its first second on the target is not counted.",
+		Buckets: stopBuckets,
+	})
 	stateBytes = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name:    "compsc_vfmigration_state_bytes",
 		Help:    "Size of the state of one VF as it was sent, for each VF of a VFMigration that succeeded.",
@@ -101,7 +107,7 @@ func init() {
 			rollbacks.WithLabelValues(result, reason)
 		}
 	}
-	metrics.Registry.MustRegister(migrations, duration, phaseDuration, stepDuration, gateHold, vmStopped, deviceStopped,
+	metrics.Registry.MustRegister(migrations, duration, phaseDuration, stepDuration, gateHold, vmStopped, deviceStopped, linkGap,
 		stateBytes, pagesMarked, rollbacks, underWayNow)
 }
 
@@ -147,6 +153,9 @@ func observeEnd(s *scope) {
 	if d := st.Downtime; d != nil {
 		vmStopped.Observe(d.VMStopped.Seconds())
 		deviceStopped.Observe(d.DeviceStopped.Seconds())
+		if d.LinkGap != nil {
+			linkGap.Observe(d.LinkGap.Seconds())
+		}
 	}
 }
 

@@ -93,6 +93,7 @@ func TestMetricsOfSuccess(t *testing.T) {
 	st := &f.vfm.Status
 	st.Downtime = &v1alpha1.Downtime{
 		VMStopped: metav1.Duration{Duration: 180 * time.Millisecond}, DeviceStopped: metav1.Duration{Duration: 90 * time.Millisecond},
+		LinkGap: &metav1.Duration{Duration: 110 * time.Millisecond},
 	}
 	st.Steps = []v1alpha1.StepStatus{took("source/capture", time.Millisecond), took("source/hold", 60*time.Millisecond),
 		took("target/hold", 40*time.Millisecond), took("target/dance", time.Second)}
@@ -126,6 +127,8 @@ func TestMetricsOfSuccess(t *testing.T) {
 		"vfmigration_vm_stopped_seconds sum":                     0.18,
 		"vfmigration_device_stopped_seconds count":               1,
 		"vfmigration_device_stopped_seconds sum":                 0.09,
+		"vfmigration_link_gap_seconds count":                     1,
+		"vfmigration_link_gap_seconds sum":                       0.11,
 		"vfmigration_state_bytes count":                          2,
 		"vfmigration_state_bytes sum":                            1900,
 		"vfmigration_pages_marked count":                         2,

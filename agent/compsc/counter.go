@@ -39,6 +39,21 @@ func (v *VF) value(c *counter) uint64 {
 	return (v.sample(c) + c.offset) & c.mask()
 }
 
+// Frames is how many frames the guest has received and sent, modulo 2^32 for
+// each: what differs between two calls has passed meanwhile. Frames that the
+// engine had looped to the VF are not among them.
+func (v *VF) Frames() uint64 {
+	v.mu.Lock()
+	defer v.unlock()
+	var n uint64
+	for _, c := range v.counters {
+		if c.Frames {
+			n += v.value(c)
+		}
+	}
+	return n
+}
+
 // readCounter serves a guest's read of either half: the lower one takes a
 // sample, the upper one belongs to the sample taken before.
 func (v *VF) readCounter(c *counter, off uint32) uint32 {

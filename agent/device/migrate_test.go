@@ -213,12 +213,46 @@ func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads 
 	if rr.GetVmStopped().AsDuration() < rr.GetDeviceStopped().AsDuration()/2 || rr.GetVmStopped().AsDuration() <= 0 {
 		t.Errorf("VM stopped %v, device stopped %v", rr.GetVmStopped().AsDuration(), rr.GetDeviceStopped().AsDuration())
 	}
+	if gap, stopped := rr.GetLinkGap().AsDuration(), rr.GetDeviceStopped().AsDuration(); rr.GetLinkGap() == nil || gap < stopped || gap > stopped+frameWait {
+		t.Errorf("no frame passed for %v, with the device stopped for %v", rr.GetLinkGap(), stopped)
+	}
 	// The source is out of it for good.
 	if _, err := p.src.ctl.CancelSource(t.Context(), &pb.CancelSourceRequest{MigrationUid: uid}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("CancelSource after the point of no return: %v, want FAILED_PRECONDITION", err)
 	}
 	if _, err := p.dst.ctl.CancelTarget(t.Context(), &pb.CancelTargetRequest{MigrationUid: uid}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("CancelTarget of a running VM: %v, want FAILED_PRECONDITION", err)
+	}
+}
+
+// TestIdleAfterMove: of a VM that neither sends nor receives nobody can say how
+// long it could not have.
+func TestIdleAfterMove(t *testing.T) {
+	p := newPair(t, nil)
+	p.precopy()
+	flush := held(p.src.gate.flush)
+	if a := p.deliver(p.capture()); !a.Accepted {
+		t.Fatalf("state refused: %s: %s", a.Reason, a.Message)
+	}
+	_, err := p.src.ctl.ReleaseSource(t.Context(), &pb.ReleaseSourceRequest{MigrationUid: uid})
+	p.src.must(err)
+	<-flush
+	p.copyRAM()
+	start := held(p.dst.gate.read)
+	_, err = p.dst.ctl.AwaitStart(t.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
+	p.dst.must(err)
+	_, err = p.src.ctl.Relinquish(t.Context(), &pb.RelinquishRequest{MigrationUid: uid})
+	p.src.must(err)
+	_, err = p.dst.ctl.Activate(t.Context(), &pb.ActivateRequest{MigrationUid: uid})
+	p.dst.must(err)
+	<-start
+	p.dst.mon.event("RESUME", "")
+	p.dst.wantPhase(pb.Phase_PHASE_RUNNING)
+	p.dst.rd(ixgbevf.VFLINKS) // the driver looks at its device, no more
+	r, err := p.dst.ctl.AwaitRunning(t.Context(), &pb.AwaitRunningRequest{MigrationUid: uid})
+	p.dst.must(err)
+	if r.GetLinkGap() != nil || r.GetDeviceStopped().AsDuration() <= 0 {
+		t.Errorf("a gap of %v although no frame passed, with the device stopped for %v", r.GetLinkGap().AsDuration(), r.GetDeviceStopped().AsDuration())
 	}
 }
 

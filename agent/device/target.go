@@ -31,6 +31,10 @@ type targetRun struct {
 	steps     []*pb.Step
 	activeAt  time.Time // the VFs run
 	resumedAt time.Time // the VM runs
+	// passedAt is when the last of the VFs passed its first frame, zero while one
+	// has not; watched tells that it is not waited for any more.
+	passedAt time.Time
+	watched  bool
 }
 
 const (
@@ -353,6 +357,7 @@ func (p *process) Activate(ctx context.Context, r *pb.ActivateRequest) (*pb.Acti
 		p.target.steps = append(p.target.steps, step("target/restore", begin), step("target/hold", run.hold.since))
 		reply.Steps = append(reply.Steps, p.target.steps...)
 	})
+	go p.watchFrames(uid)
 	run.hold.decide(nil)
 	return reply, nil
 }
@@ -388,7 +393,7 @@ func (p *process) AwaitRunning(ctx context.Context, r *pb.AwaitRunningRequest) (
 					return false, nil
 				}
 			}
-			return true, nil
+			return run.watched, nil
 		case pb.Phase_PHASE_TARGET_ACTIVE:
 			return false, nil
 		}
@@ -397,11 +402,15 @@ func (p *process) AwaitRunning(ctx context.Context, r *pb.AwaitRunningRequest) (
 	if err != nil {
 		return nil, rpcError(err)
 	}
-	return &pb.AwaitRunningReply{
+	reply := &pb.AwaitRunningReply{
 		VmStopped:     durationpb.New(run.vmStopped + run.resumedAt.Sub(run.acceptedAt)),
 		DeviceStopped: durationpb.New(run.deviceStopped + run.activeAt.Sub(run.acceptedAt)),
 		Steps:         run.steps,
-	}, nil
+	}
+	if !run.passedAt.IsZero() {
+		reply.LinkGap = durationpb.New(run.deviceStopped + run.passedAt.Sub(run.acceptedAt))
+	}
+	return reply, nil
 }
 
 // CancelTarget implements the control service.

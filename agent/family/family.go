@@ -203,6 +203,8 @@ type Counter struct {
 	High uint32
 	// Width in bits; the counter wraps there.
 	Width uint
+	// Frames tells that it counts the frames received, or those sent.
+	Frames bool
 	// ReadClears tells that a read clears the counter: what a reader finds is
 	// what came up since the last read, up to the largest value. Such a counter
 	// has no high half.

@@ -360,6 +360,11 @@ type Downtime struct {
 	VMStopped metav1.Duration `json:"vmStopped"`
 	// DeviceStopped lasts from the VF's stop to the VF's start.
 	DeviceStopped metav1.Duration `json:"deviceStopped"`
+	// LinkGap lasts from the VF's stop on the source until each VF has passed a
+	// frame on the target. It is absent if one passed none in the VM's first
+	// second there.
+	// +optional
+	LinkGap *metav1.Duration `json:"linkGap,omitempty"`
 }
 
 // VFMigration moves a running VM to another node with its pass-through VFs

@@ -168,7 +168,6 @@ seconds, sizes in bytes. No label holds the name of a VM, pod or node. Of severa
 	}
 	b.WriteString(`
 Reasons are those of [the conditions](conditions.md). The steps of a switchover are explained in [How the switchover works](../switchover.md).
-How long the link was down as the network saw it is not measured: ` + "`compsc_vfmigration_device_stopped_seconds`" + ` is the nearest.
 `)
 	return b.String()
 }

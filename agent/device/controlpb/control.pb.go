@@ -1859,6 +1859,9 @@ type AwaitRunningReply struct {
 	VmStopped     *durationpb.Duration `protobuf:"bytes,1,opt,name=vm_stopped,json=vmStopped,proto3" json:"vm_stopped,omitempty"`
 	DeviceStopped *durationpb.Duration `protobuf:"bytes,2,opt,name=device_stopped,json=deviceStopped,proto3" json:"device_stopped,omitempty"`
 	Steps         []*Step              `protobuf:"bytes,3,rep,name=steps,proto3" json:"steps,omitempty"`
+	// From the VF's stop on the source until every VF has passed a frame here;
+	// absent if one has passed none in the first second of the VM.
+	LinkGap       *durationpb.Duration `protobuf:"bytes,4,opt,name=link_gap,json=linkGap,proto3" json:"link_gap,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1910,6 +1913,13 @@ func (x *AwaitRunningReply) GetDeviceStopped() *durationpb.Duration {
 func (x *AwaitRunningReply) GetSteps() []*Step {
 	if x != nil {
 		return x.Steps
+	}
+	return nil
+}
+
+func (x *AwaitRunningReply) GetLinkGap() *durationpb.Duration {
+	if x != nil {
+		return x.LinkGap
 	}
 	return nil
 }
@@ -2126,12 +2136,13 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x0eheads_strategy\x18\x03 \x01(\tR\rheadsStrategy\x12\"\n" +
 	"\fannouncement\x18\x04 \x01(\fR\fannouncement\":\n" +
 	"\x13AwaitRunningRequest\x12#\n" +
-	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\"\xbd\x01\n" +
+	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\"\xf3\x01\n" +
 	"\x11AwaitRunningReply\x128\n" +
 	"\n" +
 	"vm_stopped\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\tvmStopped\x12@\n" +
 	"\x0edevice_stopped\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\rdeviceStopped\x12,\n" +
-	"\x05steps\x18\x03 \x03(\v2\x16.compsc.device.v1.StepR\x05steps\"R\n" +
+	"\x05steps\x18\x03 \x03(\v2\x16.compsc.device.v1.StepR\x05steps\x124\n" +
+	"\blink_gap\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\alinkGap\"R\n" +
 	"\x13CancelTargetRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x13\n" +
@@ -2247,35 +2258,36 @@ var file_agent_device_controlpb_control_proto_depIdxs = []int32{
 	34, // 22: compsc.device.v1.AwaitRunningReply.vm_stopped:type_name -> google.protobuf.Duration
 	34, // 23: compsc.device.v1.AwaitRunningReply.device_stopped:type_name -> google.protobuf.Duration
 	6,  // 24: compsc.device.v1.AwaitRunningReply.steps:type_name -> compsc.device.v1.Step
-	2,  // 25: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
-	7,  // 26: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
-	10, // 27: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
-	13, // 28: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
-	16, // 29: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
-	18, // 30: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
-	20, // 31: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
-	23, // 32: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
-	25, // 33: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
-	27, // 34: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
-	30, // 35: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
-	32, // 36: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
-	3,  // 37: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
-	8,  // 38: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
-	11, // 39: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
-	14, // 40: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
-	17, // 41: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
-	19, // 42: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
-	21, // 43: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
-	24, // 44: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
-	26, // 45: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
-	28, // 46: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
-	31, // 47: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
-	33, // 48: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
-	37, // [37:49] is the sub-list for method output_type
-	25, // [25:37] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	34, // 25: compsc.device.v1.AwaitRunningReply.link_gap:type_name -> google.protobuf.Duration
+	2,  // 26: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
+	7,  // 27: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
+	10, // 28: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
+	13, // 29: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
+	16, // 30: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
+	18, // 31: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
+	20, // 32: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
+	23, // 33: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
+	25, // 34: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
+	27, // 35: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
+	30, // 36: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
+	32, // 37: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
+	3,  // 38: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
+	8,  // 39: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
+	11, // 40: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
+	14, // 41: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
+	17, // 42: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
+	19, // 43: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
+	21, // 44: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
+	24, // 45: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
+	26, // 46: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
+	28, // 47: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
+	31, // 48: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
+	33, // 49: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
+	38, // [38:50] is the sub-list for method output_type
+	26, // [26:38] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_agent_device_controlpb_control_proto_init() }

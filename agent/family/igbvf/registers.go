@@ -91,8 +91,8 @@ func controlRegisters(queuePairs int) []family.Register {
 // counters lists the statistics of the whole VF.
 func counters() []family.Counter {
 	return []family.Counter{
-		{Name: "VFGPRC", Low: VFGPRC, Width: 32},
-		{Name: "VFGPTC", Low: VFGPTC, Width: 32},
+		{Name: "VFGPRC", Low: VFGPRC, Width: 32, Frames: true},
+		{Name: "VFGPTC", Low: VFGPTC, Width: 32, Frames: true},
 		{Name: "VFGORC", Low: VFGORC, Width: 32},
 		{Name: "VFGOTC", Low: VFGOTC, Width: 32},
 		{Name: "VFMPRC", Low: VFMPRC, Width: 32},

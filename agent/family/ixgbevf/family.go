@@ -118,10 +118,10 @@ func (f *Family) Queues() []family.Queue { return slices.Clone(f.queues) }
 // Counters lists the statistics counters.
 func (f *Family) Counters() []family.Counter {
 	return []family.Counter{
-		{Name: "VFGPRC", Low: VFGPRC, Width: 32},
+		{Name: "VFGPRC", Low: VFGPRC, Width: 32, Frames: true},
 		{Name: "VFGORC", Low: VFGORCLSB, High: VFGORCMSB, Width: 36},
 		{Name: "VFMPRC", Low: VFMPRC, Width: 32},
-		{Name: "VFGPTC", Low: VFGPTC, Width: 32},
+		{Name: "VFGPTC", Low: VFGPTC, Width: 32, Frames: true},
 		{Name: "VFGOTC", Low: VFGOTCLSB, High: VFGOTCMSB, Width: 36},
 	}
 }
