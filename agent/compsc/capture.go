@@ -14,6 +14,9 @@ import (
 func (v *VF) Capture(ctx context.Context) (*State, error) {
 	v.mu.Lock()
 	defer v.unlock()
+	if v.lost != nil {
+		return nil, fmt.Errorf("capture: %w", ErrGone)
+	}
 	if v.held == nil {
 		return nil, fmt.Errorf("capture: %w", ErrNotQuiesced)
 	}

@@ -156,6 +156,9 @@ type VF struct {
 	written *written
 	// watching tells that the goroutine that looks after relays is there.
 	watching bool
+	// lost is nil until the device was given up: what the guest finds in its
+	// registers since then, 0 in all others.
+	lost map[uint32]uint32
 	// fixed has the directions whose heads Probe found not to be writable.
 	fixed map[family.Direction]bool
 }

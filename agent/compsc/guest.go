@@ -16,6 +16,9 @@ func (v *VF) GuestRead(off uint32) uint32 {
 	if r.access&family.Readable == 0 {
 		return 0
 	}
+	if v.lost != nil {
+		return v.lost[off]
+	}
 	if r.counter != nil {
 		return v.readCounter(r.counter, off)
 	}
@@ -39,7 +42,7 @@ func (v *VF) GuestWrite(off, val uint32) {
 	v.mu.Lock()
 	defer v.unlock()
 	r := v.dwordAt(off)
-	if r.access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 {
+	if r.access&(family.Writable|family.WriteOneSets|family.WriteOneClears) == 0 || v.lost != nil {
 		return
 	}
 	val &= r.mask
@@ -76,7 +79,9 @@ func (v *VF) GuestWrite(off, val uint32) {
 func (v *VF) FunctionReset(do func()) {
 	v.mu.Lock()
 	defer v.unlock()
-	v.afterReset(do)
+	if v.lost == nil {
+		v.afterReset(do)
+	}
 }
 
 // afterReset calls reset and brings the engine in line with it. The counters

@@ -16,6 +16,9 @@ import (
 func (v *VF) Quiesce(ctx context.Context) error {
 	v.mu.Lock()
 	defer v.unlock()
+	if v.lost != nil {
+		return fmt.Errorf("quiesce: %w", ErrGone)
+	}
 	if v.held != nil {
 		return nil
 	}
@@ -123,6 +126,9 @@ func (v *VF) turnOff(ctx context.Context, q family.Queue, ctl uint32) error {
 func (v *VF) Unquiesce(ctx context.Context) error {
 	v.mu.Lock()
 	defer v.unlock()
+	if v.lost != nil {
+		return fmt.Errorf("unquiesce: %w", ErrGone)
+	}
 	if v.held == nil {
 		return nil
 	}

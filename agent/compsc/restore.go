@@ -58,6 +58,9 @@ var restoreSteps = []step{
 func (v *VF) Restore(ctx context.Context, s *State) (RestoreReport, error) {
 	v.mu.Lock()
 	defer v.unlock()
+	if v.lost != nil {
+		return RestoreReport{}, fmt.Errorf("restore: %w", ErrGone)
+	}
 	return v.restore(ctx, s, restoreSteps)
 }
 

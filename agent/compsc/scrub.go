@@ -23,6 +23,9 @@ func (v *VF) Scrub(ctx context.Context) error {
 }
 
 func (v *VF) scrub(ctx context.Context) error {
+	if v.lost != nil {
+		return ErrGone
+	}
 	v.forget()
 	err := v.resetDevice(ctx)
 	if !errors.Is(err, ErrGone) {

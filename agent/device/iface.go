@@ -108,7 +108,7 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 		}
 	}
 	memory := dirty.Tracked{Memory: &i.memory, Pages: &i.pages}
-	s, err := openSilicon(h, dt, files, memory, i.fire, i.log)
+	s, err := openSilicon(h, dt, files, memory, i.fire, func() { i.p.wanted(i) }, i.log)
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
@@ -164,7 +164,7 @@ func (i *iface) close() {
 // silence stops the VF for good, or until it is restored.
 func (i *iface) silence() {
 	vf := i.get()
-	if vf == nil {
+	if vf == nil || vf.engine.Lost() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
@@ -190,6 +190,9 @@ func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
 	vf := i.get()
 	if vf == nil {
 		return nil, errors.New("no VF attached")
+	}
+	if vf.engine.Lost() {
+		return nil, fmt.Errorf("VF %s was taken away by the node: restart the VM", vf.handoff.VF)
 	}
 	if !i.server.Connected() {
 		return nil, errors.New("QEMU is not connected to the VF")
@@ -321,68 +324,6 @@ func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRest
 		}
 	}
 	return reply, nil
-}
-
-func (i *iface) setRunning(on bool) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	select {
-	case <-i.running:
-		if !on {
-			i.running = make(chan struct{})
-			i.waitUntil = time.Time{}
-		}
-	default:
-		if on {
-			close(i.running)
-		}
-	}
-}
-
-// watchDriver waits for the guest's next access to the VF.
-func (i *iface) watchDriver() {
-	i.driverSeen.Store(false)
-	i.watching.Store(true)
-}
-
-// stoppedAccess bounds how long the guest's accesses wait for a stopped VF to
-// run, all together for each stop: the VM resumed a moment before the VF. QEMU
-// gives the device up when an answer takes 5 s (x-msg-timeout).
-const stoppedAccess = 2 * time.Second
-
-// touched is called before each access of the guest.
-func (i *iface) touched() {
-	if i.watching.Load() && i.watching.CompareAndSwap(true, false) {
-		i.driverSeen.Store(true)
-		i.p.set(func() {})
-	}
-	i.mu.Lock()
-	ch := i.running
-	i.mu.Unlock()
-	select {
-	case <-ch:
-		return
-	default:
-	}
-	if phase, _ := i.p.current(); phase == pb.Phase_PHASE_RELINQUISHED {
-		// Running again takes a word of the target. Until then the engine
-		// keeps what the guest writes.
-		return
-	}
-	// The VM runs although the VF is stopped: its migration has failed, and
-	// QEMU's event is still on its way or the monitor is gone.
-	go i.p.resumed()
-	i.mu.Lock()
-	if i.waitUntil.IsZero() {
-		i.waitUntil = time.Now().Add(stoppedAccess)
-	}
-	left := time.Until(i.waitUntil)
-	i.mu.Unlock()
-	select {
-	case <-ch:
-	case <-time.After(left):
-		i.log.Error("the guest uses a VF that is stopped")
-	}
 }
 
 // Info implements vfiouser.Device.

@@ -32,6 +32,9 @@ type silicon interface {
 	// Announce sends a frame on the VF's network, past the guest's rings. It
 	// returns errPFAnnounces where only the PF can.
 	Announce(frame []byte) error
+	// GiveUp ends the use of the VF before Close does. It is called by the
+	// engine's Lose, so that nobody uses registers or scratch memory.
+	GiveUp()
 	// Close ends the use of the VF and closes its descriptors.
 	Close()
 
@@ -117,11 +120,12 @@ func deviceTypeFor(h handoff.Handoff) (deviceType, error) {
 	return dt, nil
 }
 
-// openSilicon opens the VF's backend; it owns files.
-func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, error) {
+// openSilicon opens the VF's backend; it owns files. wanted is called when the
+// VF is wanted back.
+func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), wanted func(), log *slog.Logger) (silicon, error) {
 	switch {
 	case h.Backend == handoff.BackendVFIO:
-		return openVFIO(h, dt, files, irq, log)
+		return openVFIO(h, dt, files, irq, wanted, log)
 	case h.Backend != handoff.BackendModel:
 		handoff.CloseAll(files)
 		return nil, fmt.Errorf("backend %q is not known: want %q or %q", h.Backend, handoff.BackendModel, handoff.BackendVFIO)
@@ -207,6 +211,9 @@ func (inProcess) Forward(bool) error                             { return nil }
 func (inProcess) TellsWrites() bool                              { return true }
 func (inProcess) TrackWrites(bool) error                         { return nil }
 func (inProcess) Writes(uint64, uint64, func(addr uint64)) error { return nil }
+
+// GiveUp leaves the model silent.
+func (m *modelVF) GiveUp() { m.FLR() }
 
 // Close ends the wire and the model.
 func (m *modelVF) Close() {

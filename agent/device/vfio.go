@@ -30,6 +30,7 @@ type kernelVF interface {
 	Map(iova uint64, mem []byte, readable, writable bool) error
 	Unmap(iova, size uint64) error
 	Connect(vector, eventfd int) error
+	ConnectRequest(eventfd int) error
 	DisconnectAll() error
 	Reset() error
 	HasDirtyBits() bool
@@ -51,15 +52,18 @@ type vfioVF struct {
 	// own has an eventfd for each vector while interrupts come here first.
 	own     []*os.File
 	readers sync.WaitGroup
+	// request is the eventfd by which the kernel asks for the VF.
+	request *os.File
 }
 
-// openVFIO takes the VF into use; it owns files.
-func openVFIO(h handoff.Handoff, dt deviceType, files []*os.File, irq func(int), log *slog.Logger) (silicon, error) {
+// openVFIO takes the VF into use; it owns files. wanted is called, on a
+// goroutine of its own, when the kernel wants the VF back.
+func openVFIO(h handoff.Handoff, dt deviceType, files []*os.File, irq func(int), wanted func(), log *slog.Logger) (silicon, error) {
 	d, err := vfio.Use(vfio.API(h.VFIO.API), files)
 	if err != nil {
 		return nil, err
 	}
-	v := &vfioVF{kernelVF: d, irq: irq, log: log, guest: make([]*vfiouser.Eventfd, d.Vectors())}
+	v := newVFIO(d, irq, log)
 	if err := v.check(dt); err != nil {
 		v.Close()
 		return nil, err
@@ -68,7 +72,35 @@ func openVFIO(h handoff.Handoff, dt deviceType, files []*os.File, irq func(int),
 		v.Close()
 		return nil, err
 	}
+	if err := v.listen(wanted); err != nil {
+		v.Close()
+		return nil, err
+	}
 	return v, nil
+}
+
+func newVFIO(k kernelVF, irq func(int), log *slog.Logger) *vfioVF {
+	return &vfioVF{kernelVF: &revocable{vf: k}, irq: irq, log: log, guest: make([]*vfiouser.Eventfd, k.Vectors())}
+}
+
+// listen has wanted called whenever the kernel asks for the VF.
+func (v *vfioVF) listen(wanted func()) error {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	v.request = os.NewFile(uintptr(fd), "request")
+	v.readers.Go(func() {
+		var count [8]byte
+		for {
+			if _, err := v.request.Read(count[:]); err != nil {
+				return
+			}
+			// Not awaited, for it may outlast the VF.
+			go wanted()
+		}
+	})
+	return descriptor(v.request, v.ConnectRequest)
 }
 
 // check compares the function with what its family has.
@@ -209,18 +241,27 @@ func (v *vfioVF) Writes(addr, size uint64, page func(addr uint64)) error {
 	return v.Dirty(addr, size, page)
 }
 
-// Close gives the VF back to the kernel, which stops and resets it.
+// GiveUp gives the VF back to the kernel, which stops and resets it.
+func (v *vfioVF) GiveUp() {
+	var err error
+	if v.scratch != nil {
+		err = v.scratch.Close()
+		v.scratch = nil
+	}
+	if err = errors.Join(err, v.kernelVF.Close()); err != nil {
+		v.log.Error("the VF was not given back in order", "error", err)
+	}
+}
+
+// Close does so too, unless that was done.
 func (v *vfioVF) Close() {
 	v.mu.Lock()
 	handoff.CloseAll(v.own)
 	v.own = nil
 	v.mu.Unlock()
+	if v.request != nil {
+		v.request.Close()
+	}
 	v.readers.Wait()
-	var err error
-	if v.scratch != nil {
-		err = v.scratch.Close()
-	}
-	if err = errors.Join(err, v.kernelVF.Close()); err != nil {
-		v.log.Error("the VF was not given back in order", "error", err)
-	}
+	v.GiveUp()
 }

@@ -36,6 +36,7 @@ type kernelModel struct {
 	dirty    map[uint64]bool // nil: the IOMMU has no dirty bits
 	tracking bool
 	id       [4]byte
+	request  int // eventfd
 }
 
 func newKernelModel(t *testing.T) *kernelModel {
@@ -144,6 +145,12 @@ func (k *kernelModel) Connect(vector, eventfd int) error {
 	return nil
 }
 
+func (k *kernelModel) ConnectRequest(eventfd int) error {
+	fd, err := unix.Dup(eventfd)
+	k.request = fd
+	return err
+}
+
 func (k *kernelModel) DisconnectAll() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -164,7 +171,7 @@ func vfioIface(t *testing.T, k *kernelModel) *iface {
 	}
 	p.ifaces.Store(&[]*iface{i})
 	dt := deviceTypes["8086:10ed"]
-	v := &vfioVF{kernelVF: k, irq: i.fire, log: log, guest: make([]*vfiouser.Eventfd, k.Vectors())}
+	v := newVFIO(k, i.fire, log)
 	memory := dirty.Tracked{Memory: &i.memory, Pages: &i.pages}
 	i.vf = &attachedVF{handoff: handoff.Handoff{VF: "0000:01:10.0"}, device: dt, silicon: v,
 		engine: compsc.New(dt.family, v, compsc.Options{VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Logger: log})}
@@ -408,7 +415,7 @@ func TestVFIOWrittenPages(t *testing.T) {
 
 func TestVFIOChecksTheFunction(t *testing.T) {
 	k := newKernelModel(t)
-	v := &vfioVF{kernelVF: k}
+	v := newVFIO(k, nil, nil)
 	if err := v.check(deviceTypes["8086:10ed"]); err != nil {
 		t.Error(err)
 	}
@@ -417,7 +424,7 @@ func TestVFIOChecksTheFunction(t *testing.T) {
 	}
 	h := handoff.Handoff{VF: "0000:01:10.0", DeviceID: "8086:10ed", Backend: handoff.BackendVFIO, VFIO: handoff.VFIO{API: "none"}}
 	f := ramFile(t, 1)
-	_, err := openSilicon(h, deviceTypes["8086:10ed"], []*os.File{f}, dirty.Tracked{}, nil, slog.Default())
+	_, err := openSilicon(h, deviceTypes["8086:10ed"], []*os.File{f}, dirty.Tracked{}, nil, nil, slog.Default())
 	if err == nil || !strings.Contains(err.Error(), "not known") {
 		t.Errorf("opened with %v", err)
 	}

@@ -27,6 +27,7 @@ type Device struct {
 	barOffset int64 // of BAR0 in dev, for a BAR that is not mapped
 	config    regionInfo
 	canReset  bool
+	irqs      uint32 // how many kinds of interrupts it has
 	gone      atomic.Bool
 
 	vectors vectors
@@ -78,7 +79,7 @@ func (d *Device) setUp() error {
 	if info.flags&deviceFlagPCI == 0 || info.numRegions <= regionConfig || info.numIRQs <= irqMSIX {
 		return fmt.Errorf("the VFIO device is no PCI function (flags %#x, %d regions, %d interrupts): bind it to vfio-pci", info.flags, info.numRegions, info.numIRQs)
 	}
-	d.canReset = info.flags&deviceFlagReset != 0
+	d.canReset, d.irqs = info.flags&deviceFlagReset != 0, info.numIRQs
 	var err error
 	if d.config, _, err = d.region(regionConfig); err != nil {
 		return err

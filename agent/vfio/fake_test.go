@@ -22,9 +22,11 @@ type fakeKernel struct {
 	vectors   uint32
 	allowed   []iovaRange
 	noDirty   bool
+	irqs      uint32 // kinds of interrupts
 
 	maps     map[uint64]uint64 // size by IOVA
 	eventfds map[int]int       // by vector; nil: MSI-X is off
+	request  int               // eventfd of the request interrupt
 	resets   int
 	attached uint32
 	tracking bool
@@ -37,7 +39,7 @@ const (
 )
 
 func newFakeKernel(t *testing.T) *fakeKernel {
-	return &fakeKernel{t: t, vectors: 3, fail: map[uint]error{}, maps: map[uint64]uint64{}, dirty: map[uint64]bool{},
+	return &fakeKernel{t: t, vectors: 3, irqs: 5, fail: map[uint]error{}, maps: map[uint64]uint64{}, dirty: map[uint64]bool{},
 		allowed: []iovaRange{{0x1000, 0xfedfffff}, {0xfef00000, 1<<39 - 1}}}
 }
 
@@ -89,7 +91,7 @@ func (k *fakeKernel) ioctl(_ *os.File, request uint, arg unsafe.Pointer) (int, e
 		fd, err := unix.Dup(int(k.file("device").Fd()))
 		return fd, err
 	case deviceGetInfo:
-		*(*deviceInfo)(arg) = deviceInfo{argsz: 20, flags: deviceFlagPCI | deviceFlagReset, numRegions: 9, numIRQs: 5}
+		*(*deviceInfo)(arg) = deviceInfo{argsz: 20, flags: deviceFlagPCI | deviceFlagReset, numRegions: 9, numIRQs: k.irqs}
 	case deviceRegionInfo:
 		k.region((*regionInfo)(arg))
 	case deviceIRQInfo:
@@ -214,6 +216,9 @@ func (k *fakeKernel) mapDMA(iova, size uint64) error {
 func (k *fakeKernel) setIRQs(arg unsafe.Pointer) error {
 	s := (*irqSet)(arg)
 	switch {
+	case s.index == irqRequest && s.flags == setDataEvent|setTrigger && s.argsz == uint32(unsafe.Sizeof(*s))+4 && s.start == 0 && s.count == 1:
+		k.request = int(*(*int32)(unsafe.Add(arg, unsafe.Sizeof(*s))))
+		return nil
 	case s.index != irqMSIX || s.flags&setTrigger == 0:
 		return unix.EINVAL
 	case s.flags == setDataNone|setTrigger && s.count == 0:

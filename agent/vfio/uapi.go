@@ -48,6 +48,7 @@ const (
 	regionBAR0   = 0 // VFIO_PCI_BAR0_REGION_INDEX
 	regionConfig = 7 // VFIO_PCI_CONFIG_REGION_INDEX
 	irqMSIX      = 2 // VFIO_PCI_MSIX_IRQ_INDEX
+	irqRequest   = 4 // VFIO_PCI_REQ_IRQ_INDEX
 
 	regionRead   = 1 << 0 // VFIO_REGION_INFO_FLAG_READ
 	regionWrite  = 1 << 1

@@ -86,16 +86,36 @@ func (v *vectors) enable() error {
 	return nil
 }
 
+// ConnectRequest has the kernel signal the eventfd when it wants the VF back:
+// its driver is to be unbound, or the VF to be removed, and whoever asked for
+// that waits until the VF is closed. The kernel signals once when that begins
+// and again every 10 s, and has its own reference to the eventfd when
+// ConnectRequest returns. A kernel without the interrupt is no error: it waits
+// without telling.
+func (d *Device) ConnectRequest(eventfd int) error {
+	if d.irqs <= irqRequest {
+		return nil
+	}
+	if err := d.vectors.connectEventfds(irqRequest, 0, []int{eventfd}); err != nil {
+		return fmt.Errorf("request interrupt: %w", err)
+	}
+	return nil
+}
+
 func (v *vectors) set(start int, eventfds []int) error {
+	return v.connectEventfds(irqMSIX, start, eventfds)
+}
+
+func (v *vectors) connectEventfds(index uint32, start int, eventfds []int) error {
 	head := int(unsafe.Sizeof(irqSet{}) / 4)
 	arg := make([]uint32, head+len(eventfds))
 	*(*irqSet)(unsafe.Pointer(&arg[0])) = irqSet{argsz: uint32(4 * len(arg)), flags: setDataEvent | setTrigger,
-		index: irqMSIX, start: uint32(start), count: uint32(len(eventfds))}
+		index: index, start: uint32(start), count: uint32(len(eventfds))}
 	for i, fd := range eventfds {
 		arg[head+i] = uint32(int32(fd))
 	}
 	if _, err := v.k.ioctl(v.dev, deviceSetIRQs, unsafe.Pointer(&arg[0])); err != nil {
-		return fmt.Errorf("VFIO_DEVICE_SET_IRQS of MSI-X vectors %d to %d: %w", start, start+len(eventfds)-1, err)
+		return fmt.Errorf("VFIO_DEVICE_SET_IRQS of index %d, %d to %d: %w", index, start, start+len(eventfds)-1, err)
 	}
 	return nil
 }

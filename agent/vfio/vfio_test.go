@@ -293,3 +293,20 @@ func TestVectors(t *testing.T) {
 		t.Errorf("vector 0 is not connected again (%v)", err)
 	}
 }
+
+func TestConnectRequest(t *testing.T) {
+	k := newFakeKernel(t)
+	d := open(t, k, Group, k.group())
+	if err := d.ConnectRequest(77); err != nil || k.request != 77 {
+		t.Errorf("the kernel signals eventfd %d (%v)", k.request, err)
+	}
+	k.fail[deviceSetIRQs] = unix.EINVAL
+	if err := d.ConnectRequest(78); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("a refusal of the kernel's: %v", err)
+	}
+	// A kernel that does not have it is not asked.
+	k.irqs = 4
+	if err := open(t, k, Group, k.group()).ConnectRequest(79); err != nil {
+		t.Error(err)
+	}
+}
