@@ -43,8 +43,12 @@ type Host interface {
 	// Inventory returns the node's PFs and VFs.
 	Inventory(ctx context.Context) ([]host.PF, error)
 	// Prepare makes a VF ready to be handed to a device process. Repeating it
-	// is harmless. It refuses a MAC that another prepared VF has.
+	// is harmless. It refuses a MAC that another prepared VF has. A VF that is
+	// prepared in silence does not answer to its MAC before Answer says so.
 	Prepare(ctx context.Context, r host.Request) (*host.Prepared, error)
+	// Answer has the VF's network deliver frames to it for the MAC that it was
+	// prepared with, or no more. It must be quick: a VM stands still meanwhile.
+	Answer(ctx context.Context, address string, on bool) error
 	// Release takes back what Prepare did; it must work in any state.
 	Release(ctx context.Context, address string) error
 	// Held lists the VFs that were prepared and not released, also by an agent

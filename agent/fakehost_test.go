@@ -14,10 +14,16 @@ import (
 type fakeHost struct {
 	mu       sync.Mutex
 	prepared map[string]string // address to MAC
+	answers  map[string]bool
 	total    int
 	err      error
 	settled  int
 	damage   []string
+	// releaseError fails Release.
+	releaseError error
+	// answerError fails Answer; told hears of whatever it, or Prepare, changes.
+	answerError error
+	told        func(address string, on bool)
 	// announced has address and frame of each announcement.
 	announced []string
 }
@@ -38,6 +44,7 @@ func (h *fakeHost) Prepare(_ context.Context, r host.Request) (*host.Prepared, e
 		return nil, err
 	}
 	h.prepared[r.Address] = r.MAC
+	h.answer(r.Address, r.MAC != "" && !r.Silent)
 	h.total++
 	return &host.Prepared{PF: "pf0", VF: host.VF{Address: r.Address}, Backend: host.BackendModel, Files: []*os.File{f}}, nil
 }
@@ -45,8 +52,39 @@ func (h *fakeHost) Prepare(_ context.Context, r host.Request) (*host.Prepared, e
 func (h *fakeHost) Release(_ context.Context, address string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.releaseError != nil {
+		return h.releaseError
+	}
 	delete(h.prepared, address)
+	h.answer(address, false)
 	return nil
+}
+
+func (h *fakeHost) Answer(_ context.Context, address string, on bool) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.answerError != nil {
+		return h.answerError
+	}
+	h.answer(address, on)
+	return nil
+}
+
+// answer notes who answers. The caller holds the lock.
+func (h *fakeHost) answer(address string, on bool) {
+	if h.answers == nil {
+		h.answers = map[string]bool{}
+	}
+	h.answers[address] = on
+	if h.told != nil {
+		h.told(address, on)
+	}
+}
+
+func (h *fakeHost) answersTo(address string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.answers[address]
 }
 
 func (h *fakeHost) Held(context.Context) ([]string, error) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -46,6 +47,7 @@ func boot(t *testing.T) *scene {
 	t.Parallel()
 	l := newLab(t)
 	s := &scene{from: l.nodes["a"], to: l.nodes["b"], migration: &migration{lab: l}}
+	s.watchAnswers()
 	s.from.start()
 	s.to.start()
 	l.vmi()
@@ -53,6 +55,25 @@ func boot(t *testing.T) *scene {
 	s.src, s.stopSrc = startDevice(t, s.from.podsDir, s.sPod.UID)
 	eventually(t, "the VM's VF is attached", func() bool { return s.src.is(pb.Phase_PHASE_RUNNING) })
 	return s
+}
+
+// watchAnswers fails the test when two VFs answer to the VM's MAC.
+func (s *scene) watchAnswers() {
+	var mu sync.Mutex
+	on := map[string]bool{}
+	for _, n := range []*labNode{s.from, s.to} {
+		n.host.told = func(address string, answers bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			delete(on, n.name+" "+address)
+			if answers {
+				on[n.name+" "+address] = true
+			}
+			if len(on) > 1 {
+				s.t.Errorf("more than one VF answers to the VM's MAC: %v", on)
+			}
+		}
+	}
 }
 
 // begin creates the target pod with its device process, and the migration.
@@ -104,6 +125,9 @@ func (s *scene) succeed() {
 		s.expect(typ, metav1.ConditionTrue, typ)
 	}
 	s.oneOwner()
+	if s.from.host.answersTo(vfA) || !s.to.host.answersTo(vfB) {
+		s.t.Errorf("the source's VF answers: %v, the target's: %v", s.from.host.answersTo(vfA), s.to.host.answersTo(vfB))
+	}
 	s.status(func(m *vfMigration) { setTrue(m, v1alpha1.ConditionSucceeded, "done") })
 	if meta.FindStatusCondition(s.get().Status.Conditions, v1alpha1.ConditionRolledBack) != nil {
 		s.t.Error("a migration that went well was rolled back")
@@ -124,6 +148,9 @@ func (s *scene) rolledBack(reason string) {
 	eventually(s.t, "the target's VF is free", func() bool { return s.lease(s.to, vfB) == "" && !s.to.host.has(vfB) })
 	if s.dst != nil && s.dst.is(pb.Phase_PHASE_TARGET_ACTIVE) {
 		s.t.Error("the target's VF is active")
+	}
+	if !s.from.host.answersTo(vfA) || s.to.host.answersTo(vfB) {
+		s.t.Errorf("the source's VF answers: %v, the target's: %v", s.from.host.answersTo(vfA), s.to.host.answersTo(vfB))
 	}
 	if h := s.lease(s.from, vfA); !strings.HasSuffix(h, string(s.sPod.UID)) {
 		s.t.Errorf("the source's VF is leased to %q", h)
@@ -431,6 +458,55 @@ func TestRestoreFails(t *testing.T) {
 	if !s.src.is(pb.Phase_PHASE_RELINQUISHED) {
 		t.Errorf("source in %s", s.src.phase)
 	}
+	s.rolledBack(v1alpha1.ReasonRestoreFailed)
+}
+
+// A PF that does not do as it is told about the VM's MAC: the VM stays, or
+// comes back, and its MAC with it.
+func TestMACStays(t *testing.T) {
+	for _, side := range []string{"source", "target"} {
+		t.Run(side, func(t *testing.T) {
+			s := boot(t)
+			s.begin()
+			s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+			at := map[string]*labNode{"source": s.from, "target": s.to}[side].host
+			set := func(err error) {
+				at.mu.Lock()
+				defer at.mu.Unlock()
+				at.answerError = err
+			}
+			set(errors.New("the PF says no"))
+			s.switchOver()
+			reason := map[string]string{"source": v1alpha1.ReasonPeerUnavailable, "target": v1alpha1.ReasonRestoreFailed}[side]
+			c := s.expect(v1alpha1.ConditionRestored, metav1.ConditionFalse, reason)
+			if !strings.Contains(c.Message, "the PF says no") {
+				t.Errorf("message %q", c.Message)
+			}
+			if s.dst.count("Activate") != 0 {
+				t.Error("the target's VFs were enabled")
+			}
+			set(nil)
+			s.rolledBack(reason)
+		})
+	}
+}
+
+// A target that was withdrawn answers no more, though its VF cannot be
+// released yet.
+func TestWithdrawnTargetAnswersNoMore(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.dst.set(func() { s.dst.activateError = status.Error(codes.Aborted, "no") })
+	release := func(err error) {
+		s.to.host.mu.Lock()
+		defer s.to.host.mu.Unlock()
+		s.to.host.releaseError = err
+	}
+	release(errors.New("busy"))
+	s.switchOver()
+	s.fail(v1alpha1.ReasonRestoreFailed, "see the conditions")
+	s.expect(v1alpha1.ConditionRolledBack, metav1.ConditionTrue, v1alpha1.ConditionRolledBack)
+	release(nil)
 	s.rolledBack(v1alpha1.ReasonRestoreFailed)
 }
 

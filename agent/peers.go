@@ -186,6 +186,10 @@ func (s *service) Commit(ctx context.Context, r *peerpb.CommitRequest) (*peerpb.
 	if _, err := d.Relinquish(call, &controlpb.RelinquishRequest{MigrationUid: string(m.UID)}); err != nil {
 		return nil, ofDevice(err)
 	}
+	// Not before the target's VF is to answer, and not after.
+	if err := s.answerAttached(call, d, false); err != nil {
+		return nil, status.Errorf(codes.Unavailable, "the source's VFs still answer: %s", say(err))
+	}
 	return &peerpb.CommitReply{}, nil
 }
 

@@ -178,7 +178,7 @@ func isAttached(st *controlpb.StatusReply, p pinned) (bool, error) {
 }
 
 func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, role string) error {
-	v, err := a.host.Prepare(ctx, host.Request{Address: p.ref.VF, MAC: p.ref.MAC, VLAN: int(p.ref.VLAN)})
+	v, err := a.host.Prepare(ctx, host.Request{Address: p.ref.VF, MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Silent: role == handoff.RoleTarget})
 	if err != nil {
 		return err
 	}

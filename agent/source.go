@@ -422,6 +422,9 @@ func (a *agent) takeBack(ctx context.Context, m *vfMigration) *failure {
 		if f := r.withdraw(ctx); f != nil {
 			return f
 		}
+		if err := a.answerAttached(ctx, r.dev, true); err != nil {
+			return r.deviceFailure(err)
+		}
 		err = cancelSource(true)
 	}
 	if err != nil {

@@ -216,6 +216,11 @@ func (r *targetRun) restore(ctx context.Context) *failure {
 		return f
 	}
 	committed := time.Since(begin)
+	if err := r.answerAttached(held, r.dev, true); err != nil {
+		f := failed(v1alpha1.ReasonRestoreFailed, "the target's VFs cannot have the VM's addresses: %s", say(err))
+		r.silence(held, f)
+		return f
+	}
 	active, err := r.activate(held)
 	if err != nil {
 		f := failed(v1alpha1.ReasonRestoreFailed, "the target's VFs did not take the state: %s", say(err))
@@ -412,7 +417,8 @@ func (a *agent) undoTarget(ctx context.Context, m *vfMigration) (ctrl.Result, er
 	})))
 }
 
-// cancelTarget returns nil once the target's VFs are silent for good, and an
+// cancelTarget returns nil once the target's VFs are silent for good, and
+// answer to no address of the VM's, and an
 // error with code FailedPrecondition when the VM runs with them. It ends the
 // migration's worker, unless the VM is known to run.
 func (a *agent) cancelTarget(ctx context.Context, m *vfMigration, reason string) error {
@@ -427,11 +433,13 @@ func (a *agent) cancelTarget(ctx context.Context, m *vfMigration, reason string)
 	if err := a.work.stop(ctx, workKey{m.UID, target}); err != nil {
 		return status.Error(codes.Unavailable, err.Error())
 	}
-	if gone, err := d.gone(ctx); err == nil && gone {
-		return nil // its descriptors went with it
-	}
 	ctx, cancel := context.WithTimeout(ctx, a.limits.call)
 	defer cancel()
-	_, err = d.CancelTarget(ctx, &controlpb.CancelTargetRequest{MigrationUid: string(m.UID), Reason: reason})
-	return err
+	gone, err := d.gone(ctx)
+	if err != nil || !gone { // if it is, its descriptors went with it
+		if _, err = d.CancelTarget(ctx, &controlpb.CancelTargetRequest{MigrationUid: string(m.UID), Reason: reason}); err != nil {
+			return err
+		}
+	}
+	return a.answerNoMore(ctx, holder{m.Namespace, m.Status.Target.PodName, m.Status.Target.PodUID})
 }

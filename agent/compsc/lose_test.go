@@ -55,7 +55,7 @@ func TestLose(t *testing.T) {
 			"capture":   func() error { _, err := v.Capture(ctx); return err },
 			"scrub":     func() error { return v.Scrub(ctx) },
 			"probe":     func() error { _, err := v.Probe(ctx); return err },
-			"rehearse":  func() error { return v.Rehearse(ctx, v.Record()) },
+			"rehearse":  func() error { return v.Rehearse(ctx, v.Record(), Rights{}) },
 			"restore":   func() error { _, err := v.Restore(ctx, &State{}); return err },
 		} {
 			if err := do(); !errors.Is(err, ErrGone) {

@@ -6,6 +6,15 @@ import (
 	"fmt"
 )
 
+// Rights are what the VF's administrator will have set by the time the state
+// comes, and what the PF goes by then.
+type Rights struct {
+	// Addressed: the guest's address is set on the PF.
+	Addressed bool
+	// Trusted: the PF trusts the VF.
+	Trusted bool
+}
+
 // Record is the encoded record of what the guest has asked of the PF, for
 // Rehearse on another VF.
 func (v *VF) Record() []byte {
@@ -22,12 +31,20 @@ func (v *VF) Record() []byte {
 //
 // For as long as it takes, some milliseconds, the PF has the guest's address
 // filters installed, and frames to the guest from this PF's own VFs are lost.
-func (v *VF) Rehearse(ctx context.Context, record []byte) error {
+//
+// The VF has no address set by its administrator yet: what only that makes the
+// PF refuse is told from the rights (igb_set_vf_mac_filter,
+// ixgbe_set_vf_macvlan_msg).
+func (v *VF) Rehearse(ctx context.Context, record []byte, rights Rights) error {
 	v.mu.Lock()
 	defer v.unlock()
 	log, err := v.f.RestoreLog(record)
 	if err != nil {
 		return incompatible(ReasonStateInvalid, "%v", err)
+	}
+	if n := log.Summary().FurtherAddresses; n > 0 && rights.Addressed && !rights.Trusted {
+		return incompatible(ReasonMailboxRefused, "the guest has %d further MAC addresses, which a PF on which the VF's own is set "+
+			"grants only if it trusts the VF: set trust on for it (ip link set PF vf N trust on), or choose another node", n)
 	}
 	err = v.scrub(ctx)
 	if err == nil {

@@ -32,7 +32,7 @@ func TestRehearse(t *testing.T) {
 			m := model.New(cfg, r.mem, make(wire, 1), func(int) {})
 			t.Cleanup(m.Close)
 			v := compsc.New(ixgbevf.New(cfg.QueuePairs), m, compsc.Options{Logger: slog.New(slog.DiscardHandler)})
-			err := v.Rehearse(context.Background(), record)
+			err := v.Rehearse(context.Background(), record, compsc.Rights{Addressed: true, Trusted: true})
 			var inc *compsc.IncompatibleError
 			if c.want == "" && err != nil || c.want != "" && (!errors.As(err, &inc) || inc.Reason != compsc.ReasonMailboxRefused || !strings.Contains(inc.Message, c.want)) {
 				t.Errorf("error %v, want %q in it", err, c.want)
@@ -46,7 +46,7 @@ func TestRehearse(t *testing.T) {
 		})
 	}
 	var inc *compsc.IncompatibleError
-	if err := r.vf.Rehearse(context.Background(), []byte("no record")); !errors.As(err, &inc) || inc.Reason != compsc.ReasonStateInvalid {
+	if err := r.vf.Rehearse(context.Background(), []byte("no record"), compsc.Rights{}); !errors.As(err, &inc) || inc.Reason != compsc.ReasonStateInvalid {
 		t.Errorf("rehearsed what is no record: %v", err)
 	}
 }

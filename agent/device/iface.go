@@ -257,7 +257,7 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 	if err := compsc.CheckSummary(dt.family, summaryOf(src), src.NeedsHeadRestore, caps); err != nil {
 		return err
 	}
-	return vf.engine.Rehearse(ctx, src.MailboxRecord)
+	return vf.engine.Rehearse(ctx, src.MailboxRecord, compsc.Rights{Addressed: vf.handoff.MAC != "", Trusted: vf.handoff.Trust})
 }
 
 // check judges a captured state.

@@ -335,6 +335,8 @@ type Summary struct {
 	MulticastFilterType uint32
 	// MAC the guest uses, empty when it never completed a reset.
 	MAC []byte
+	// FurtherAddresses is how many unicast addresses the guest has besides.
+	FurtherAddresses int
 	// NotMigratable says in words why the record cannot be replayed on any
 	// PF; empty when it can.
 	NotMigratable string

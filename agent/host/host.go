@@ -67,6 +67,9 @@ type Request struct {
 	// MAC is the address that the VF will answer to, empty if unknown. No two
 	// prepared VFs of a node have the same.
 	MAC string
+	// Silent: nothing answers to the MAC before Answer says so, for the VF
+	// waits for a VM that has the MAC elsewhere.
+	Silent bool
 	// VLAN is the port VLAN, at most 4094; 0 leaves what is set.
 	VLAN int
 }

@@ -260,6 +260,10 @@ func (m *Model) Settle(context.Context) error { return nil }
 // Damage finds nothing: nobody else changes a model.
 func (m *Model) Damage(context.Context) ([]string, error) { return nil, nil }
 
+// Answer does nothing: a modelled VF answers while it is enabled, and never
+// otherwise.
+func (m *Model) Answer(context.Context, string, bool) error { return nil }
+
 // Announce does nothing: modelled VFs announce themselves on their wire.
 func (m *Model) Announce(context.Context, string, []byte) error { return nil }
 

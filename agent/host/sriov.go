@@ -32,7 +32,8 @@ type SRIOVOptions struct {
 
 // SRIOV is a node with SR-IOV NICs. It works on the network namespace of the
 // thread that calls it. What it changes of a VF it writes to its journal
-// first, and undoes in Release. It is safe for concurrent use.
+// first, and undoes in Release. A VF's MAC is set on its PF only as long as
+// Answer, or Prepare, has it so. It is safe for concurrent use.
 type SRIOV struct {
 	sys      sysfs
 	families map[string]string
@@ -44,6 +45,9 @@ type SRIOV struct {
 	boot     string
 
 	mu sync.Mutex
+	// admin serialises looking at a PF's MACs and setting one, which takes
+	// moments, beside mu, which what binds drivers holds for seconds.
+	admin sync.Mutex
 }
 
 // NewSRIOV returns the node's real NICs.
@@ -201,7 +205,7 @@ func (h *SRIOV) Prepare(ctx context.Context, r Request) (*Prepared, error) {
 	if err != nil {
 		return nil, err
 	}
-	out, err := h.prepare(ctx, p, v, have, r)
+	out, err := h.prepare(ctx, p, v, r)
 	if err == nil {
 		return out, nil
 	}
@@ -241,18 +245,22 @@ func (h *SRIOV) record(p PF, v VF, have journal.Settings, mac string) (first boo
 // current tells whether an entry is about the VF that is there now.
 func (h *SRIOV) current(e journal.Entry, node uint64) bool { return e.Boot == h.boot && e.Node == node }
 
-func (h *SRIOV) prepare(ctx context.Context, p PF, v VF, have journal.Settings, r Request) (*Prepared, error) {
+func (h *SRIOV) prepare(ctx context.Context, p PF, v VF, r Request) (*Prepared, error) {
 	if err := h.sys.bind(ctx, v.Address, vfioPCI, vfioPCI); err != nil {
 		return nil, err
 	}
-	want := have
-	if r.MAC != "" {
-		want.MAC = r.MAC
-	}
-	if r.VLAN != 0 && r.VLAN != have.VLAN {
-		want.VLAN, want.QoS, want.Proto = r.VLAN, 0, 0
-	}
-	if err := apply(h.links, p.Name, v.Index, have, want); err != nil {
+	want, err := h.administer(p.Name, v.Address, v.Index, func(s *journal.Settings) {
+		switch {
+		case r.Silent:
+			s.MAC = noMAC
+		case r.MAC != "":
+			s.MAC = r.MAC
+		}
+		if r.VLAN != 0 && r.VLAN != s.VLAN {
+			s.VLAN, s.QoS, s.Proto = r.VLAN, 0, 0
+		}
+	})
+	if err != nil {
 		return nil, err
 	}
 	v.Driver = vfioPCI
@@ -264,8 +272,9 @@ func (h *SRIOV) prepare(ctx context.Context, p PF, v VF, have journal.Settings, 
 }
 
 // Release puts the VF back the way it was before Prepare: the PF's settings at
-// once, and the driver when no process uses the VF any more, which Settle then
-// sees to. It is fine to release what is not prepared, or no longer there.
+// once, but for the VM's own MAC, if a network plugin had set that before, for
+// the VM may have it elsewhere; and the driver when no process uses the VF any
+// more, which Settle then sees to. It is fine to release what is not prepared, or no longer there.
 func (h *SRIOV) Release(ctx context.Context, address string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -297,15 +306,7 @@ func (h *SRIOV) release(ctx context.Context, address string) error {
 		if err != nil {
 			return err
 		}
-		l, err := h.links.get(pf)
-		if err != nil {
-			return err
-		}
-		have, err := settingsOf(l, pf, e.Index)
-		if err != nil {
-			return err
-		}
-		if err := apply(h.links, pf, e.Index, have, e.Settings); err != nil {
+		if _, err := h.administer(pf, "", e.Index, func(s *journal.Settings) { *s = original(e) }); err != nil {
 			return err
 		}
 		e.Released = true
@@ -435,7 +436,7 @@ func (h *SRIOV) damage(e journal.Entry) (out []string) {
 	}
 	if s, err := settingsOf(l, pf, e.Index); err != nil {
 		say("%v", err)
-	} else if e.PreparedMAC != "" && !strings.EqualFold(s.MAC, e.PreparedMAC) {
+	} else if e.PreparedMAC != "" && s.MAC != noMAC && !strings.EqualFold(s.MAC, e.PreparedMAC) {
 		say("PF %s has MAC %s for it, it was prepared with %s", pf, s.MAC, e.PreparedMAC)
 	}
 	return out

@@ -185,7 +185,7 @@ func (l *Log) setVLAN(id uint16, add bool) {
 // Summary tells what the target's verdict needs. The multicast filter type is
 // always 0: the PF does not tell it, and drivers count on that one.
 func (l *Log) Summary() family.Summary {
-	s := family.Summary{API: onlyAPI}
+	s := family.Summary{API: onlyAPI, FurtherAddresses: len(l.filters)}
 	if l.mac != nil {
 		s.MAC = bytes.Clone(l.mac[:])
 	}

@@ -215,7 +215,7 @@ func (l *Log) setMACVLAN(index uint32, words []uint32) {
 
 // Summary tells what the target's verdict needs.
 func (l *Log) Summary() family.Summary {
-	s := family.Summary{MulticastFilterType: l.mo}
+	s := family.Summary{MulticastFilterType: l.mo, FurtherAddresses: len(l.macVLANs)}
 	if l.api != nil {
 		s.API = *l.api
 	}
