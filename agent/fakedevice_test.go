@@ -42,6 +42,7 @@ type fakeDevice struct {
 	phase    pb.Phase
 	uid      string
 	released bool
+	lost     bool // the node took its VFs
 	vetoed   string // why the stop was vetoed
 	ended    string
 	states   []*pb.InterfaceState
@@ -176,7 +177,7 @@ func (d *fakeDevice) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply
 	defer d.mu.Unlock()
 	r := &pb.StatusReply{Role: d.role, Phase: d.phase, MigrationUid: d.uid, QemuConnected: true, Protocols: d.protocols}
 	for n, h := range d.handoffs {
-		r.Interfaces = append(r.Interfaces, &pb.InterfaceStatus{Name: n, Vf: h.VF, Mac: h.MAC, Epoch: h.Epoch})
+		r.Interfaces = append(r.Interfaces, &pb.InterfaceStatus{Name: n, Vf: h.VF, Mac: h.MAC, Epoch: h.Epoch, Lost: d.lost})
 	}
 	return r, nil
 }

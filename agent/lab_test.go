@@ -90,6 +90,12 @@ type labNode struct {
 	files   peer.Files
 	host    *fakeHost
 	address string
+	// newHost, if set, returns what each agent has instead of host; limits, if
+	// set, are for a node that is slow.
+	newHost func() Host
+	limits  *limits
+	// logLevel is of what the agent reports.
+	logLevel slog.Level
 
 	mu    sync.Mutex
 	agent *agent
@@ -170,7 +176,7 @@ func (l *lab) sign(tmpl, parent *x509.Certificate, key *ecdsa.PrivateKey) *x509.
 func (l *lab) newNode(name string) *labNode {
 	l.t.Helper()
 	dir := l.t.TempDir()
-	n := &labNode{lab: l, name: name, podsDir: filepath.Join(dir, "pods"), procDir: l.t.TempDir(), host: &fakeHost{prepared: map[string]string{}},
+	n := &labNode{lab: l, name: name, podsDir: filepath.Join(dir, "pods"), procDir: l.t.TempDir(), logLevel: slog.LevelDebug, host: &fakeHost{prepared: map[string]string{}},
 		files: peer.Files{Cert: filepath.Join(dir, "crt"), Key: filepath.Join(dir, "key"), CA: filepath.Join(dir, "ca")}}
 	key := newKey(l.t)
 	cert := l.sign(&x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{spiffe.NodeURI(name)},
@@ -210,12 +216,18 @@ func (n *labNode) start() {
 	}
 	l := &trackedListener{Listener: tcp}
 	n.address = l.Addr().String()
-	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", n.name)
+	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: n.logLevel})).With("node", n.name)
 	a := &agent{node: n.name, namespace: v1alpha1.SystemNamespace, version: "test", advertise: n.address,
 		client: n.lab.client, live: n.lab.client, host: n.host, peers: peer.NewClient(creds), devices: newDevices(n.podsDir),
 		events: events.NewFakeRecorder(1000), log: log, work: newWorkers(log), tries: newTries(),
 		creds: creds, pokes: make(chan event.GenericEvent, 1), found: found{qemus: launcher.New(n.procDir)},
 		limits: limits{retry: 3 * time.Second, pause: 10 * time.Millisecond, call: 2 * time.Second, watch: 200 * time.Millisecond}}
+	if n.newHost != nil {
+		a.host = n.newHost()
+	}
+	if n.limits != nil {
+		a.limits = *n.limits
+	}
 	n.agent = a
 	var dead atomic.Bool
 	a.client = interceptor.NewClient(n.lab.client, interceptor.Funcs{
@@ -307,7 +319,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 }
 
 func (n *labNode) drive(ctx context.Context, a *agent) {
-	tick := time.NewTicker(3 * time.Millisecond)
+	tick := time.NewTicker(max(3*time.Millisecond, a.limits.look))
 	defer tick.Stop()
 	for {
 		select {

@@ -491,6 +491,19 @@ func TestMACStays(t *testing.T) {
 	}
 }
 
+// A VM whose VF was taken away has nothing to go back to, and that is told.
+func TestSourceHasLostItsVF(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+	s.src.set(func() { s.src.lost = true })
+	s.fail(v1alpha1.ReasonMigrationFailed, "see the conditions")
+	c := s.expect(v1alpha1.ConditionRolledBack, metav1.ConditionFalse, v1alpha1.ReasonDeviceUnavailable)
+	if !strings.Contains(c.Message, "VF "+vfA+" was taken away on node a") {
+		t.Errorf("message %q", c.Message)
+	}
+}
+
 // A target that was withdrawn answers no more, though its VF cannot be
 // released yet.
 func TestWithdrawnTargetAnswersNoMore(t *testing.T) {

@@ -437,6 +437,11 @@ func (a *agent) takeBack(ctx context.Context, m *vfMigration) *failure {
 	if st.GetMigrationUid() == r.uid && st.GetPhase() != controlpb.Phase_PHASE_RUNNING {
 		return failed(v1alpha1.ReasonRollingBack, "the source's device process is in %s: %s", st.GetPhase(), st.GetLastError())
 	}
+	for _, i := range st.GetInterfaces() {
+		if i.GetLost() {
+			return failed(v1alpha1.ReasonDeviceUnavailable, "interface %s: VF %s was taken away on node %s while the VM had it; the VM has no VF until it is restarted", i.GetName(), i.GetVf(), a.node)
+		}
+	}
 	if !st.GetQemuConnected() {
 		return failed(v1alpha1.ReasonDeviceUnavailable, "QEMU of pod %s is not connected to its VFs any more: the VM has no VF until it is restarted", m.Status.Source.PodName)
 	}

@@ -69,19 +69,14 @@ func (n *node) lose() {
 	n.t.Helper()
 	i := n.proc.p.interfaces()[0]
 	n.proc.p.wanted(i)
-	if err := n.lastError(); !strings.Contains(err, "took VF") {
-		n.t.Errorf("the status tells %q", err)
+	st, err := n.ctl.Status(n.t.Context(), &pb.StatusRequest{})
+	n.must(err)
+	if !strings.Contains(st.LastError, "took VF") || !st.Interfaces[0].Lost {
+		n.t.Errorf("the status tells %+v", st)
 	}
 	if n.client != nil && n.rd(ixgbevf.VFLINKS) != 0 {
 		n.t.Error("the guest's link is up")
 	}
-}
-
-func (n *node) lastError() string {
-	n.t.Helper()
-	s, err := n.ctl.Status(n.t.Context(), &pb.StatusRequest{})
-	n.must(err)
-	return s.LastError
 }
 
 // A VF that goes in any step of a migration: the VM goes on, or starts, with

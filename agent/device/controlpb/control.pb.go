@@ -349,8 +349,10 @@ type InterfaceStatus struct {
 	Vf  string `protobuf:"bytes,2,opt,name=vf,proto3" json:"vf,omitempty"`
 	Mac string `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
 	// Resets of the VF asked for by the guest since this process started.
-	GuestResets   uint64 `protobuf:"varint,4,opt,name=guest_resets,json=guestResets,proto3" json:"guest_resets,omitempty"`
-	Epoch         uint64 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	GuestResets uint64 `protobuf:"varint,4,opt,name=guest_resets,json=guestResets,proto3" json:"guest_resets,omitempty"`
+	Epoch       uint64 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The node took the VF away: the guest's link is down, for good.
+	Lost          bool `protobuf:"varint,6,opt,name=lost,proto3" json:"lost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -418,6 +420,13 @@ func (x *InterfaceStatus) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *InterfaceStatus) GetLost() bool {
+	if x != nil {
+		return x.Lost
+	}
+	return false
 }
 
 // A step of the switchover and how long it took.
@@ -2031,13 +2040,14 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\tprotocols\x18\a \x01(\v2\x1b.compsc.device.v1.ProtocolsR\tprotocols\";\n" +
 	"\tProtocols\x12\x16\n" +
 	"\x06oldest\x18\x01 \x01(\rR\x06oldest\x12\x16\n" +
-	"\x06newest\x18\x02 \x01(\rR\x06newest\"\x80\x01\n" +
+	"\x06newest\x18\x02 \x01(\rR\x06newest\"\x94\x01\n" +
 	"\x0fInterfaceStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02vf\x18\x02 \x01(\tR\x02vf\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\tR\x03mac\x12!\n" +
 	"\fguest_resets\x18\x04 \x01(\x04R\vguestResets\x12\x14\n" +
-	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\"I\n" +
+	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04lost\x18\x06 \x01(\bR\x04lost\"I\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x04took\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04took\"y\n" +

@@ -73,15 +73,26 @@ func (p PF) MakeVFs(n int) ([]VF, error) {
 			return nil, fmt.Errorf("card %s: %w", p.Name, err)
 		}
 	}
+	vfs, err := p.VFs()
+	if err == nil && len(vfs) != n {
+		err = fmt.Errorf("card %s has %d VFs after it was given %d", p.Name, len(vfs), n)
+	}
+	return vfs, err
+}
+
+// VFs returns the VFs that there are.
+func (p PF) VFs() ([]VF, error) {
 	var vfs []VF
-	for i := range n {
-		to, err := os.Readlink(filepath.Join(device, fmt.Sprintf("virtfn%d", i)))
+	for {
+		to, err := os.Readlink(filepath.Join(devices, p.Address, fmt.Sprintf("virtfn%d", len(vfs))))
+		if errors.Is(err, fs.ErrNotExist) {
+			return vfs, nil
+		}
 		if err != nil {
 			return nil, fmt.Errorf("card %s: %w", p.Name, err)
 		}
-		vfs = append(vfs, VF{PF: p, Number: i, Address: filepath.Base(to)})
+		vfs = append(vfs, VF{PF: p, Number: len(vfs), Address: filepath.Base(to)})
 	}
-	return vfs, nil
 }
 
 // RemoveVFs removes all VFs.
