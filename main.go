@@ -9,25 +9,40 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
 	"compsc.io/compsc/agent"
 	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/host"
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/hook"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers"
+	"compsc.io/compsc/controllers/kubectl"
 )
 
 // version is set by the build.
 var version = "devel"
+
+// buildInfo is of the processes that serve metrics: manager and agent.
+var buildInfo = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+	Name: "compsc_build_info",
+	Help: "1, with the build's version and the process's role (manager, agent) as labels.",
+}, []string{"version", "role"})
+
+func init() { metrics.Registry.MustRegister(buildInfo) }
 
 // extras are added by builds with more than what is shipped: the demo.
 var extras []func(root *cobra.Command)
@@ -35,7 +50,10 @@ var extras []func(root *cobra.Command)
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	c := program(os.Args)
+	c := kubectl.Plugin(os.Args, version)
+	if c == nil {
+		c = rootCommand()
+	}
 	if err := c.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, c.CommandPath()+":", err)
 		os.Exit(1)
@@ -63,7 +81,7 @@ func rootCommand() *cobra.Command {
 		return nil
 	}
 	device := deviceCommand()
-	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand(), kubectlCommand())
+	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand(), kubectl.Command())
 	if isSidecar() {
 		root.RunE = device.RunE
 	}
@@ -187,4 +205,77 @@ func modelHost(flags []string) (*host.Model, error) {
 		pfs = append(pfs, pf)
 	}
 	return host.NewModel(pfs...)
+}
+
+// deviceOptions is for extras to change.
+var deviceOptions device.Options
+
+func deviceCommand() *cobra.Command {
+	var sidecar, dir string
+	c := &cobra.Command{
+		Use:   "device",
+		Short: "Mediate the VFs of one VM (runs as a sidecar in its pod)",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return runDevice(cmd.Context(), sidecar, dir) },
+	}
+	f := c.Flags()
+	f.StringVar(&sidecar, "sidecar", os.Getenv(kubevirt.EnvContainerName), "name of the container it runs in; default: $"+kubevirt.EnvContainerName)
+	f.StringVar(&dir, "hooks-dir", kubevirt.HooksDir, "where KubeVirt mounted the sidecar's directory")
+	return c
+}
+
+// isSidecar tells whether KubeVirt started this process as a hook sidecar,
+// which it does without arguments.
+func isSidecar() bool { return kubevirt.IsSidecarName(os.Getenv(kubevirt.EnvContainerName)) }
+
+func runDevice(ctx context.Context, sidecar, dir string) error {
+	ctx, shutdown := context.WithCancel(ctx)
+	defer shutdown()
+	own := filepath.Join(dir, filepath.Base(kubevirt.SidecarDeviceDir()))
+	if err := os.MkdirAll(own, 0o700); err != nil {
+		return err
+	}
+	o := deviceOptions
+	o.Dir, o.QEMUDir, o.Log = own, kubevirt.ComputeDeviceDir(sidecar), slog.Default()
+	process, err := device.New(o)
+	if err != nil {
+		return err
+	}
+	server, err := hook.New(hook.Options{
+		Sidecar: sidecar, Gate: device.GateSocket, Monitor: device.MonitorSocket, VF: device.VFSocket,
+		Await: func(ctx context.Context) ([]kubevirt.Interface, error) {
+			vfs, err := process.Await(ctx)
+			var out []kubevirt.Interface
+			for _, v := range vfs {
+				out = append(out, kubevirt.Interface{Name: v.Name, Slot: v.Slot, VFAddress: v.VF, MAC: v.MAC})
+			}
+			return out, err
+		},
+		NetworkInfo: hook.NetworkInfo, Shutdown: shutdown, Log: slog.Default().With("part", "hook"),
+	})
+	if err != nil {
+		return err
+	}
+	l, err := hook.Listen(dir)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return process.Run(ctx) })
+	g.Go(func() error { return server.Serve(ctx, l) })
+	return g.Wait()
+}
+
+// readyCommand is the sidecar's readiness probe: the kubelet's own gRPC probe
+// reaches TCP ports only.
+func readyCommand() *cobra.Command {
+	var dir string
+	c := &cobra.Command{
+		Use:   "ready",
+		Short: "Tell by the exit status whether the VM's device process is ready (readiness probe of the sidecar)",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return device.Ready(cmd.Context(), dir) },
+	}
+	c.Flags().StringVar(&dir, "dir", kubevirt.SidecarDeviceDir(), "directory of the device process's sockets")
+	return c
 }

@@ -42,7 +42,7 @@ type fakeDevice struct {
 	phase    pb.Phase
 	uid      string
 	released bool
-	lost     bool // the node took its VFs
+	lost     bool   // the node took its VFs
 	vetoed   string // why the stop was vetoed
 	ended    string
 	states   []*pb.InterfaceState

@@ -1,4 +1,6 @@
-package main
+// Package kubectl is the kubectl plugin "kubectl vfmigration": what a user does
+// with VFMigrations, as a person reads it in a terminal.
+package kubectl
 
 import (
 	"context"
@@ -48,31 +50,30 @@ type plugin struct {
 	systemNamespace string
 }
 
-// program returns the command for a name of the binary, with its arguments.
-func program(argv []string) *cobra.Command {
-	name, args := "", []string{}
-	if len(argv) > 0 {
-		name, args = filepath.Base(argv[0]), argv[1:]
+// Plugin returns the command that the program is under the name by which kubectl
+// calls it, with the arguments that follow; nil under any other name.
+func Plugin(argv []string, version string) *cobra.Command {
+	if len(argv) == 0 {
+		return nil
 	}
-	switch name {
-	case pluginName, completeName:
-		c := kubectlCommand()
-		c.Version = version
-		c.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl vfmigration"}
-		c.SilenceErrors, c.SilenceUsage = true, true
-		if name == completeName {
-			args = append([]string{cobra.ShellCompRequestCmd}, args...)
-		}
-		c.SetArgs(args)
-		return c
+	name, args := filepath.Base(argv[0]), argv[1:]
+	if name != pluginName && name != completeName {
+		return nil
 	}
-	c := rootCommand()
+	c := Command()
+	c.Version = version
+	c.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl vfmigration"}
+	c.SilenceErrors, c.SilenceUsage = true, true
+	if name == completeName {
+		args = append([]string{cobra.ShellCompRequestCmd}, args...)
+	}
 	c.SetArgs(args)
 	return c
 }
 
-// kubectlCommand reaches the cluster as kubectl does.
-func kubectlCommand() *cobra.Command {
+// Command returns the plugin as a subcommand. It reaches the cluster as kubectl
+// does.
+func Command() *cobra.Command {
 	p := &plugin{clock: clock.RealClock{}, poll: 300 * time.Millisecond}
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	overrides := &clientcmd.ConfigOverrides{}

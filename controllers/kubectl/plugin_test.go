@@ -1,4 +1,4 @@
-package main
+package kubectl
 
 import (
 	"bytes"
@@ -297,18 +297,22 @@ func TestKubectlCompletion(t *testing.T) {
 	}
 }
 
-// TestProgram: by which name the program is what.
-func TestProgram(t *testing.T) {
-	for name, want := range map[string]string{
-		"/usr/bin/compsc": "compsc", "compsc-demo": "compsc", "": "compsc",
-		"/home/me/bin/kubectl-vfmigration": "kubectl vfmigration", "kubectl_complete-vfmigration": "kubectl vfmigration",
+// TestPlugin: by which name the program is the plugin.
+func TestPlugin(t *testing.T) {
+	for name, want := range map[string]bool{
+		"/usr/bin/compsc": false, "compsc-demo": false, "": false,
+		"/home/me/bin/kubectl-vfmigration": true, "kubectl_complete-vfmigration": true,
 	} {
-		if got := program([]string{name}).CommandPath(); got != want {
-			t.Errorf("%q is %q, want %q", name, got, want)
+		c := Plugin([]string{name}, "v1")
+		if (c != nil) != want || want && c.CommandPath() != "kubectl vfmigration" {
+			t.Errorf("%q is the plugin: %v, want %v", name, c != nil, want)
 		}
 	}
+	if Plugin(nil, "v1") != nil {
+		t.Error("a program without a name is the plugin")
+	}
 	var out bytes.Buffer
-	c := program([]string{completeName, "ab"})
+	c := Plugin([]string{completeName, "ab"}, "v1")
 	c.SetOut(&out)
 	if err := c.ExecuteContext(t.Context()); err != nil || !strings.HasPrefix(out.String(), "abort\t") {
 		t.Errorf("%q is completed with %q, %v", "ab", out.String(), err)
@@ -316,7 +320,7 @@ func TestProgram(t *testing.T) {
 	// A cluster that cannot be reached is told of, and not taken for an answer.
 	t.Setenv("KUBECONFIG", t.TempDir()+"/none")
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
-	c = program([]string{pluginName, "status", "move"})
+	c = Plugin([]string{pluginName, "status", "move"}, "v1")
 	if err := c.ExecuteContext(t.Context()); err == nil || apierrors.IsNotFound(err) {
 		t.Errorf("without a cluster: %v", err)
 	}
