@@ -2,7 +2,8 @@ package igbvf
 
 import (
 	"encoding/binary"
-	"fmt"
+
+	"compsc.io/compsc/agent/family/intel"
 )
 
 // logVersion is the version of the encoding below.
@@ -60,10 +61,10 @@ func (l *Log) Marshal() []byte {
 	}
 	if l.lastVLAN != nil {
 		b = be.AppendUint16(b, *l.lastVLAN)
-		b = appendShorts(b, l.vlans)
+		b = intel.AppendShorts(b, l.vlans)
 	}
 	if l.multicast != nil {
-		b = appendShorts(append(b, l.multicasts), l.multicast)
+		b = intel.AppendShorts(append(b, l.multicasts), l.multicast)
 	}
 	if l.promisc != nil {
 		granted := byte(0)
@@ -75,135 +76,65 @@ func (l *Log) Marshal() []byte {
 	return be.AppendUint16(b, l.unknown)
 }
 
-// appendShorts appends a list with its length.
-func appendShorts(b []byte, list []uint16) []byte {
-	b = binary.BigEndian.AppendUint16(b, uint16(len(list)))
-	for _, v := range list {
-		b = binary.BigEndian.AppendUint16(b, v)
-	}
-	return b
-}
-
-// reader takes values off the front of an encoding. After the first failure
-// it returns zeros; err tells.
-type reader struct {
-	b   []byte
-	err error
-}
-
-// fail notes the first failure.
-func (r *reader) fail(format string, args ...any) {
-	if r.err == nil {
-		r.err = fmt.Errorf(format, args...)
-	}
-}
-
-func (r *reader) take(n int) []byte {
-	if len(r.b) < n {
-		r.fail("ends %d bytes early", n-len(r.b))
-	}
-	if r.err != nil {
-		return make([]byte, n)
-	}
-	taken := r.b[:n]
-	r.b = r.b[n:]
-	return taken
-}
-
-func (r *reader) byte() byte    { return r.take(1)[0] }
-func (r *reader) word() uint32  { return binary.BigEndian.Uint32(r.take(4)) }
-func (r *reader) short() uint16 { return binary.BigEndian.Uint16(r.take(2)) }
-
-// length reads the length of a list of at most limit entries.
-func (r *reader) length(what string, limit int) int {
-	n := int(r.short())
-	if n > limit {
-		r.fail("%d %s, at most %d are possible", n, what, limit)
-	}
-	if r.err != nil {
-		return 0
-	}
-	return n
-}
-
-func (r *reader) shorts(what string, limit int) []uint16 {
-	list := make([]uint16, r.length(what, limit))
-	for i := range list {
-		list[i] = r.short()
-	}
-	return list
-}
-
-func (r *reader) flag() bool {
-	b := r.byte()
-	if b > 1 {
-		r.fail("a flag is %d, want 0 or 1", b)
-	}
-	return b == 1
-}
-
 // unmarshalLog accepts exactly what Marshal writes.
 func unmarshalLog(b []byte) (*Log, error) {
-	r := &reader{b: b}
-	version, flags := r.byte(), r.byte()
+	r := intel.NewReader(b)
+	version, flags := r.Byte(), r.Byte()
 	if version != logVersion {
-		r.fail("version %d, this release reads version %d", version, logVersion)
+		r.Fail("version %d, this release reads version %d", version, logVersion)
 	}
 	if flags&isReady == 0 && flags&needReady != 0 {
-		r.fail("flags %#x make no sense for a VF that is not ready", flags)
+		r.Fail("flags %#x make no sense for a VF that is not ready", flags)
 	}
 	l := &Log{kept: kept{addressed: flags&isAddressed != 0, overflow: flags&isOverflown != 0}}
-	for range r.length("further MAC addresses", maxFilters) {
-		m := mac(r.take(6))
+	for range r.Length("further MAC addresses", maxFilters) {
+		m := r.MAC()
 		l.filters = append(l.filters, m)
 	}
 	if flags&hasMaxFrame != 0 {
-		l.maxFrame = new(r.word())
+		l.maxFrame = new(r.Word())
 	}
 	if l.ready = flags&isReady != 0; l.ready {
 		l.read(r, flags)
 	}
-	if r.err != nil {
-		return nil, r.err
-	}
-	if len(r.b) > 0 {
-		return nil, fmt.Errorf("%d bytes too many", len(r.b))
+	if err := r.End(); err != nil {
+		return nil, err
 	}
 	return l, nil
 }
 
 // read fills the record of a ready VF; failures are left in r.
-func (l *Log) read(r *reader, flags byte) {
+func (l *Log) read(r *intel.Reader, flags byte) {
 	if flags&hasMAC != 0 {
-		l.mac = new(mac(r.take(6)))
+		l.mac = new(r.MAC())
 	}
 	if flags&hasLastVLAN != 0 {
-		l.lastVLAN = new(r.short())
+		l.lastVLAN = new(r.Short())
 		l.readVLANs(r)
 	}
 	if flags&hasMulticast != 0 {
-		l.multicasts = r.byte()
-		l.multicast = r.shorts("multicast hashes", min(MaxMulticast, int(l.multicasts)))
+		l.multicasts = r.Byte()
+		l.multicast = r.Shorts("multicast hashes", min(MaxMulticast, int(l.multicasts)))
 	}
 	if flags&hasPromisc != 0 {
-		l.promisc = &promiscRequest{r.byte(), r.flag()}
+		l.promisc = &promiscRequest{r.Byte(), r.Flag()}
 	}
-	l.unknown = r.short()
+	l.unknown = r.Short()
 }
 
-func (l *Log) readVLANs(r *reader) {
+func (l *Log) readVLANs(r *intel.Reader) {
 	if *l.lastVLAN >= maxVLANs {
-		r.fail("VLAN %d is out of range", *l.lastVLAN)
+		r.Fail("VLAN %d is out of range", *l.lastVLAN)
 	}
-	if l.vlans = r.shorts("VLANs", maxVLANs); len(l.vlans) == 0 {
+	if l.vlans = r.Shorts("VLANs", maxVLANs); len(l.vlans) == 0 {
 		l.vlans = nil
 	}
 	if *l.lastVLAN == 0 && (len(l.vlans) == 0 || l.vlans[0] != 0) {
-		r.fail("VLAN 0 was the last one set and is not there")
+		r.Fail("VLAN 0 was the last one set and is not there")
 	}
 	for i, id := range l.vlans {
 		if id >= maxVLANs || i > 0 && id <= l.vlans[i-1] {
-			r.fail("VLAN %d is out of range or out of order", id)
+			r.Fail("VLAN %d is out of range or out of order", id)
 			return
 		}
 	}

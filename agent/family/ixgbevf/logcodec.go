@@ -2,8 +2,9 @@ package ixgbevf
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
+
+	"compsc.io/compsc/agent/family/intel"
 )
 
 // logVersion is the version of the encoding below. Version 1 is also read: it
@@ -80,10 +81,10 @@ func (l *Log) Marshal() []byte {
 		words(*l.refusedFrame)
 	}
 	if l.multicast != nil {
-		b = appendShorts(b, l.multicast)
+		b = intel.AppendShorts(b, l.multicast)
 		b = append(b, bit(l.listed, 1))
 	}
-	b = appendShorts(b, l.vlans)
+	b = intel.AppendShorts(b, l.vlans)
 	b = be.AppendUint16(b, uint16(len(l.macVLANs)))
 	for _, m := range l.macVLANs {
 		b = append(b, m[:]...)
@@ -114,91 +115,30 @@ func (l *Log) marshalKept(b []byte) []byte {
 }
 
 // readKept reads what marshalKept wrote.
-func (l *Log) readKept(r *reader) {
-	flags := r.take(1)[0]
+func (l *Log) readKept(r *intel.Reader) {
+	flags := r.Byte()
 	if flags&keptMAC != 0 {
-		l.mac = r.mac()
+		l.mac = new(r.MAC())
 	}
 	if flags&keptXcast != 0 {
-		l.xcast, l.xcastAPI = r.mode(), r.word()
+		l.xcast, l.xcastAPI = readMode(r), r.Word()
 	}
 	l.xcastNow, l.unchecked = flags&keptXcastNow != 0, flags&keptUnchecked != 0
-	if extra := flags &^ keptAll; r.err == nil && (extra != 0 || l.xcastNow && l.xcast == nil) {
-		r.err = fmt.Errorf("flags %#x of what is kept make no sense", flags)
+	if extra := flags &^ keptAll; extra != 0 || l.xcastNow && l.xcast == nil {
+		r.Fail("flags %#x of what is kept make no sense", flags)
 	}
 }
 
-// appendShorts appends a list with its length.
-func appendShorts(b []byte, list []uint16) []byte {
-	b = binary.BigEndian.AppendUint16(b, uint16(len(list)))
-	for _, v := range list {
-		b = binary.BigEndian.AppendUint16(b, v)
-	}
-	return b
-}
-
-// reader takes values off the front of an encoding. After the first failure
-// it returns zeros; err tells.
-type reader struct {
-	b   []byte
-	err error
-}
-
-func (r *reader) take(n int) []byte {
-	if r.err == nil && len(r.b) < n {
-		r.err = fmt.Errorf("ends %d bytes early", n-len(r.b))
-	}
-	if r.err != nil {
-		return make([]byte, n)
-	}
-	taken := r.b[:n]
-	r.b = r.b[n:]
-	return taken
-}
-
-func (r *reader) word() uint32  { return binary.BigEndian.Uint32(r.take(4)) }
-func (r *reader) short() uint16 { return binary.BigEndian.Uint16(r.take(2)) }
-
-// length reads the length of a list of at most limit entries.
-func (r *reader) length(what string, limit int) int {
-	n := int(r.short())
-	if r.err == nil && n > limit {
-		r.err = fmt.Errorf("%d %s, at most %d are possible", n, what, limit)
-	}
-	if r.err != nil {
-		return 0
-	}
-	return n
-}
-
-func (r *reader) shorts(what string, limit int) []uint16 {
-	list := make([]uint16, r.length(what, limit))
-	for i := range list {
-		list[i] = r.short()
-	}
-	return list
-}
-
-func (r *reader) flag() bool {
-	b := r.take(1)[0]
-	if r.err == nil && b > 1 {
-		r.err = fmt.Errorf("a flag is %d, want 0 or 1", b)
-	}
-	return b == 1
-}
-
-func (r *reader) mac() *mac { return (*mac)(append([]byte(nil), r.take(6)...)) }
-
-func (r *reader) mode() *modeRequest { return &modeRequest{r.word(), r.word()} }
+func readMode(r *intel.Reader) *modeRequest { return &modeRequest{r.Word(), r.Word()} }
 
 // unmarshalLog accepts exactly what Marshal writes, and what it wrote in
 // version 1.
 func unmarshalLog(b []byte) (*Log, error) {
-	r := &reader{b: b}
-	head := r.take(2)
+	r := intel.NewReader(b)
+	head := r.Take(2)
 	switch {
-	case r.err != nil:
-		return nil, r.err
+	case r.Err() != nil:
+		return nil, r.Err()
 	case head[0] == 0 || head[0] > logVersion:
 		return nil, fmt.Errorf("version %d, this release reads versions 1 to %d", head[0], logVersion)
 	case head[1] > 1:
@@ -211,64 +151,61 @@ func unmarshalLog(b []byte) (*Log, error) {
 	if l.ready {
 		l.read(r, head[0])
 	}
-	if r.err != nil {
-		return nil, r.err
-	}
-	if len(r.b) > 0 {
-		return nil, fmt.Errorf("%d bytes too many", len(r.b))
+	if err := r.End(); err != nil {
+		return nil, err
 	}
 	return l, nil
 }
 
 // read fills the record of a ready VF; failures are left in r.
-func (l *Log) read(r *reader, version byte) {
-	flags := r.take(1)[0]
+func (l *Log) read(r *intel.Reader, version byte) {
+	flags := r.Byte()
 	if version > 1 && flags&hasMAC != 0 {
-		r.err = errors.Join(r.err, errors.New("the address is given twice"))
+		r.Fail("the address is given twice")
 	}
-	l.mo = r.word()
+	l.mo = r.Word()
 	if version == 1 && flags&hasMAC != 0 {
-		l.mac = r.mac()
+		l.mac = new(r.MAC())
 	}
 	if flags&hasAPI != 0 {
-		l.api = new(r.word())
+		l.api = new(r.Word())
 	}
 	if flags&hasQueues != 0 {
-		l.queues = &[4]uint32{r.word(), r.word(), r.word(), r.word()}
+		l.queues = &[4]uint32{r.Word(), r.Word(), r.Word(), r.Word()}
 	}
 	if flags&hasFeatures != 0 {
-		l.features = r.mode()
+		l.features = readMode(r)
 	}
 	if flags&hasMaxFrame != 0 {
-		l.maxFrame = new(r.word())
+		l.maxFrame = new(r.Word())
 	}
 	if version > 1 && flags&hasRefusedFrame != 0 {
-		l.refusedFrame = new(r.word())
+		l.refusedFrame = new(r.Word())
 	}
 	if flags&hasMulticast != 0 {
-		l.multicast = r.shorts("multicast hashes", MaxMulticast)
+		l.multicast = r.Shorts("multicast hashes", MaxMulticast)
 		if version > 1 {
-			l.listed = r.flag()
+			l.listed = r.Flag()
 		}
 	}
 	if version == 1 && flags&hasXcast != 0 {
-		l.xcast, l.xcastNow = r.mode(), true
+		l.xcast, l.xcastNow = readMode(r), true
 		if l.api != nil {
 			l.xcastAPI = *l.api
 		}
 	}
 	l.overflow = flags&hasOverflow != 0
-	if l.vlans = r.shorts("VLANs", maxVLANs); len(l.vlans) == 0 {
+	if l.vlans = r.Shorts("VLANs", maxVLANs); len(l.vlans) == 0 {
 		l.vlans = nil
 	}
 	for i, id := range l.vlans {
 		if id >= maxVLANs || i > 0 && id <= l.vlans[i-1] {
-			r.err = errors.Join(r.err, fmt.Errorf("VLAN %d is out of range or out of order", id))
+			r.Fail("VLAN %d is out of range or out of order", id)
 			return
 		}
 	}
-	for range r.length("further MAC addresses", maxMACVLANs) {
-		l.macVLANs = append(l.macVLANs, mac(r.take(6)))
+	for range r.Length("further MAC addresses", maxMACVLANs) {
+		l.macVLANs = append(l.macVLANs, r.MAC())
 	}
-	l.ipsec, l.unknown = r.short(), r.short()
+	l.ipsec, l.unknown = r.Short(), r.Short()
 }
