@@ -216,11 +216,6 @@ func (r *targetRun) restore(ctx context.Context) *failure {
 		return f
 	}
 	committed := time.Since(begin)
-	if err := r.answerAttached(held, r.dev, true); err != nil {
-		f := failed(v1alpha1.ReasonRestoreFailed, "the target's VFs cannot have the VM's addresses: %s", say(err))
-		r.silence(held, f)
-		return f
-	}
 	active, err := r.activate(held)
 	if err != nil {
 		f := failed(v1alpha1.ReasonRestoreFailed, "the target's VFs did not take the state: %s", say(err))
@@ -302,8 +297,9 @@ func (r *targetRun) waited(ctx context.Context, err error) (f *failure, again bo
 	return failed(v1alpha1.ReasonRestoreFailed, "the device process of the target: %s", say(err)), false
 }
 
-// commit has the source give its VFs up for good: the point of no return. It
-// is not asked for again once the VFs are active here.
+// commit has the source give its VFs up for good, the point of no return, and
+// those here answer to the VM's addresses. It is not asked for again once the
+// VFs are active here.
 func (r *targetRun) commit(ctx context.Context) *failure {
 	sctx, cancel := context.WithTimeout(ctx, r.limits.call)
 	st, err := r.status(sctx, r.dev)
@@ -323,6 +319,9 @@ func (r *targetRun) commit(ctx context.Context) *failure {
 		return failed(v1alpha1.ReasonPeerUnavailable, "the agent of the source node %s could not be asked to give its VFs up: %s; see that it runs, and that node %s reaches it", r.m.Status.Source.NodeName, say(err), r.node)
 	case err != nil:
 		return failed(v1alpha1.ReasonRestoreFailed, "the source node %s does not give its VFs up: %s", r.m.Status.Source.NodeName, say(err))
+	}
+	if err := r.answerAttached(ctx, r.dev, true); err != nil {
+		return failed(v1alpha1.ReasonRestoreFailed, "the target's VFs cannot have the VM's addresses: %s", say(err))
 	}
 	return nil
 }

@@ -32,10 +32,3 @@ func (v *VF) Lose(release func()) {
 	v.forget()
 	release()
 }
-
-// Lost tells whether the device was given up.
-func (v *VF) Lost() bool {
-	v.mu.Lock()
-	defer v.unlock()
-	return v.lost != nil
-}

@@ -84,7 +84,7 @@ func (p *process) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply, e
 		s := &pb.InterfaceStatus{Name: i.cfg.Name}
 		if vf := i.get(); vf != nil {
 			s.Vf, s.Mac, s.Epoch = vf.handoff.VF, vf.handoff.MAC, vf.handoff.Epoch
-			s.GuestResets, s.Lost = vf.engine.GuestResets(), vf.engine.Lost()
+			s.GuestResets, s.Lost = vf.engine.GuestResets(), i.lost.Load()
 		}
 		r.Interfaces = append(r.Interfaces, s)
 		r.QemuConnected = r.QemuConnected && i.server.Connected()

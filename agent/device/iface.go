@@ -44,6 +44,8 @@ type iface struct {
 	// driverSeen turns true with the guest's first access after watchDriver.
 	driverSeen atomic.Bool
 	watching   atomic.Bool
+	// lost: the VF was given up because the node took it away.
+	lost atomic.Bool
 
 	mu      sync.Mutex
 	vf      *attachedVF // nil until attached
@@ -164,7 +166,7 @@ func (i *iface) close() {
 // silence stops the VF for good, or until it is restored.
 func (i *iface) silence() {
 	vf := i.get()
-	if vf == nil || vf.engine.Lost() {
+	if vf == nil || i.lost.Load() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
@@ -191,7 +193,7 @@ func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
 	if vf == nil {
 		return nil, errors.New("no VF attached")
 	}
-	if vf.engine.Lost() {
+	if i.lost.Load() {
 		return nil, fmt.Errorf("VF %s was taken away by the node: restart the VM", vf.handoff.VF)
 	}
 	if !i.server.Connected() {

@@ -35,10 +35,11 @@ func (i *iface) giveUp() (address string, ok bool) {
 	i.dma.Lock()
 	defer i.dma.Unlock()
 	vf := i.get()
-	if vf == nil || vf.engine.Lost() {
+	if vf == nil || i.lost.Load() {
 		return "", false
 	}
 	vf.engine.Lose(vf.silicon.GiveUp)
+	i.lost.Store(true)
 	i.setRunning(true) // nobody need wait for it
 	i.fireAll()        // drivers look at their link on the mailbox's interrupt
 	return vf.handoff.VF, true

@@ -117,7 +117,7 @@ func TestVFIsLost(t *testing.T) {
 		p.dst.lose()
 		p.dst.wantPhase(pb.Phase_PHASE_CANCELLED)
 	})
-	t.Run("of the target that holds the start", func(t *testing.T) {
+	hold := func(t *testing.T) (*pair, <-chan uint32) {
 		p := newPair(t, nil)
 		p.precopy()
 		flushed := held(p.src.gate.flush)
@@ -131,11 +131,30 @@ func TestVFIsLost(t *testing.T) {
 		}
 		start := held(p.dst.gate.read)
 		p.dst.wantPhase(pb.Phase_PHASE_TARGET_HELD)
+		return p, start
+	}
+	t.Run("of the target that is active", func(t *testing.T) {
+		p, start := hold(t)
+		_, err := p.dst.ctl.Activate(t.Context(), &pb.ActivateRequest{MigrationUid: uid})
+		p.dst.must(err)
+		p.dst.lose()
+		if e := <-start; e != 0 {
+			t.Fatalf("errno %d", e)
+		}
+		p.dst.mon.event("RESUME", "")
+		p.dst.wantPhase(pb.Phase_PHASE_RUNNING)
+		_, err = p.dst.ctl.AwaitRunning(t.Context(), &pb.AwaitRunningRequest{MigrationUid: uid})
+		if status.Code(err) != codes.Aborted || !strings.Contains(err.Error(), "took VF") {
+			t.Errorf("it is told to run with its VF: %v", err)
+		}
+	})
+	t.Run("of the target that holds the start", func(t *testing.T) {
+		p, start := hold(t)
 		p.dst.lose()
 		if e := <-start; e == 0 {
 			t.Error("the VM starts without its VF")
 		}
-		_, err = p.dst.ctl.Activate(t.Context(), &pb.ActivateRequest{MigrationUid: uid})
+		_, err := p.dst.ctl.Activate(t.Context(), &pb.ActivateRequest{MigrationUid: uid})
 		if status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("activated with %v", err)
 		}

@@ -388,12 +388,14 @@ func (p *process) AwaitRunning(ctx context.Context, r *pb.AwaitRunningRequest) (
 		run = p.target
 		switch p.phase {
 		case pb.Phase_PHASE_RUNNING:
+			seen := true
 			for _, i := range p.interfaces() {
-				if !i.driverSeen.Load() {
-					return false, nil
+				if i.lost.Load() {
+					return false, status.Error(codes.Aborted, p.lastError)
 				}
+				seen = seen && i.driverSeen.Load()
 			}
-			return run.watched, nil
+			return seen && run.watched, nil
 		case pb.Phase_PHASE_TARGET_ACTIVE:
 			return false, nil
 		}
