@@ -78,8 +78,8 @@ fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for F
 	@FUZZTIME=$(FUZZTIME) FUZZTIME_VFIOUSER=$(FUZZTIME_VFIOUSER) hack/fuzz
 
 .PHONY: e2e-sriov
-e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root).
-	@hack/test sriov $(TESTFLAGS)
+e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root); FAULTS=all for all faults in all steps.
+	@COMPSC_FAULTS=$(FAULTS) hack/test sriov $(TESTFLAGS)
 
 # What make test fuzzes: what a guest or a peer can reach in the running product.
 FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc

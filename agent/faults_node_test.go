@@ -1,0 +1,335 @@
+//go:build e2esriov
+
+package agent
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	pb "compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/api/v1alpha1"
+)
+
+// reached waits for a condition to be true; false says that something failed.
+func (d *drill) reached(condition string) (ok bool) {
+	d.t.Helper()
+	d.await("condition "+condition, func() bool {
+		m := d.get()
+		ok = is(m, condition)
+		return ok || d.failing(m)
+	})
+	return ok
+}
+
+func (d *drill) failing(m *vfMigration) bool {
+	for _, c := range []string{v1alpha1.ConditionTargetPinned, v1alpha1.ConditionPrepared, v1alpha1.ConditionCaptured,
+		v1alpha1.ConditionRestored, v1alpha1.ConditionVerified} {
+		if isFalse(m, c) {
+			return true
+		}
+	}
+	return m.Status.Failure != nil
+}
+
+// Steps of a migration, after which something happens.
+const (
+	pinnedStep   = "pinned"   // the target's VF is attached, silent
+	preparedStep = "prepared" // both gates are armed
+	capturedStep = "captured" // the source's VF is quiet
+	loadedStep   = "loaded"   // the target has the state
+	heldStep     = "held"     // the target's QEMU wants to start the VM
+	activeStep   = "active"   // the target's VF runs, the VM does not yet
+	movedStep    = "moved"    // the VM runs on the target
+	everyStep    = "every step"
+)
+
+var allSteps = []string{pinnedStep, preparedStep, capturedStep, loadedStep, heldStep, activeStep, movedStep}
+
+// Outcomes.
+const (
+	moved  = "moved"  // the VM runs on the target
+	stayed = "stayed" // the VM runs on the source as before
+	lost   = "lost"   // the VM's VF is gone
+)
+
+// play does QEMU's part and the manager's, has the fault happen after a step,
+// and returns how it ended.
+func (d *drill) play(step string, fault func()) string {
+	d.t.Helper()
+	after := func(name string) {
+		if name == step || step == everyStep {
+			d.t.Logf("FAULT, %s", name)
+			fault()
+		}
+	}
+	d.stop(d.src)
+	d.startPod(d.dst, "launcher-target", "vmim-uid")
+	d.migration = d.migrate("m", d.src.pod, d.dst.pod)
+	if !d.reached(v1alpha1.ConditionTargetPinned) {
+		d.t.Fatal("the target was not pinned")
+	}
+	after(pinnedStep)
+	d.start(d.src)
+	if !d.reached(v1alpha1.ConditionPrepared) {
+		return d.undo()
+	}
+	var err error
+	if d.dst.machine, err = plugMachine(d.t, d.dst.dir, "inmigrate", d.memory); err != nil {
+		d.t.Fatal(err)
+	}
+	d.await("the target's QEMU to be armed", func() bool {
+		var b [4]byte
+		err := d.dst.machine.client.RegionRead(d.t.Context(), vfiouserConfig, 0x70, b[:])
+		return err == nil && b[3] == 0x80
+	})
+	after(preparedStep)
+	d.stop(d.src)
+	d.src.machine.tell("MIGRATION", "active")
+	// QEMU begins long before it stops the VM.
+	const begun = "event=MIGRATION status=active"
+	if d.src.is(pb.Phase_PHASE_SOURCE_PREPARED) {
+		d.await("the migration to be noticed", func() bool { return d.src.said.has(begun) })
+	}
+	flushed := held(d.src.machine.flush)
+	var answer *uint32
+	d.await("the VM's stop", func() bool { return answered(flushed, &answer) || d.src.is(pb.Phase_PHASE_CAPTURED) })
+	after(capturedStep)
+	d.start(d.src)
+	if e := d.answer(flushed, answer); e != 0 {
+		d.src.machine.tell("RESUME", "")
+		return d.undo()
+	}
+	after(loadedStep)
+	d.stop(d.dst)
+	started := held(d.dst.machine.read)
+	answer = nil
+	d.await("the VM's start to be held", func() bool { return answered(started, &answer) || d.dst.is(pb.Phase_PHASE_TARGET_HELD) })
+	after(heldStep)
+	d.start(d.dst)
+	if e := d.answer(started, answer); e != 0 {
+		d.src.machine.tell("MIGRATION", "failed")
+		d.src.machine.tell("RESUME", "")
+		return d.undo()
+	}
+	after(activeStep)
+	if !d.dst.is(pb.Phase_PHASE_TARGET_ACTIVE) {
+		// QEMU, that has lost its device, does not start the VM.
+		return d.undo()
+	}
+	d.dst.machine.tell("RESUME", "")
+	d.at, d.guest.Bus = d.dst, d.dst.machine
+	d.await("the VM to run", func() bool { return !d.dst.is(pb.Phase_PHASE_TARGET_ACTIVE) })
+	d.dst.machine.Read(8) // the driver's first access
+	if !d.reached(v1alpha1.ConditionVerified) {
+		return d.undo()
+	}
+	after(movedStep)
+	return moved
+}
+
+const vfiouserConfig = 7
+
+// answered takes the answer to a held request, if it is there.
+func answered(c <-chan uint32, into **uint32) bool {
+	if *into != nil {
+		return true
+	}
+	select {
+	case e := <-c:
+		*into = &e
+		return true
+	default:
+		return false
+	}
+}
+
+// answer waits for it.
+func (d *drill) answer(c <-chan uint32, have *uint32) uint32 {
+	d.t.Helper()
+	d.await("the gate's answer", func() bool { return answered(c, &have) })
+	return *have
+}
+
+// undo is the manager's part of an undoing.
+func (d *drill) undo() string {
+	d.t.Helper()
+	d.await("the failure to be told", func() bool { return d.failing(d.get()) })
+	d.fail(v1alpha1.ReasonMigrationFailed, "see the conditions")
+	outcome := ""
+	d.await("the end of the undoing", func() bool {
+		m := d.get()
+		switch {
+		case is(m, v1alpha1.ConditionRolledBack):
+			outcome = stayed
+		case isFalse(m, v1alpha1.ConditionRolledBack):
+			outcome = lost
+		}
+		return outcome != "" && (outcome == lost || isFalse(m, v1alpha1.ConditionTargetPinned))
+	})
+	return outcome
+}
+
+// free ends both pods, as KubeVirt does, and checks that nothing is left of
+// them: no lease, no VF in use or bound, no setting.
+func (d *drill) free() {
+	d.t.Helper()
+	for _, e := range []*end{d.src, d.dst} {
+		d.start(e)
+		e.killProcess()
+		if e.machine != nil {
+			e.machine.client.Close()
+		}
+		pod := &corev1.Pod{}
+		d.must(d.client.Get(d.t.Context(), client.ObjectKeyFromObject(e.pod), pod))
+		pod.Status.Phase = corev1.PodSucceeded
+		d.must(d.client.Status().Update(d.t.Context(), pod))
+	}
+	d.status(func(m *vfMigration) {
+		if c := meta.FindStatusCondition(m.Status.Conditions, v1alpha1.ConditionSucceeded); c.Status == metav1.ConditionUnknown {
+			setFalse(m, v1alpha1.ConditionSucceeded, v1alpha1.ReasonMigrationFailed, "over")
+		}
+	})
+	for _, e := range []*end{d.src, d.dst} {
+		d.await("the VFs of node "+e.name+" to be free", func() bool {
+			holder, _ := d.lease(e.name, e.vf.Address)
+			held, err := e.agent.host.Held(d.t.Context())
+			is, serr := e.settings()
+			return holder == "" && err == nil && len(held) == 0 && serr == nil && is == e.before
+		})
+	}
+}
+
+// steps of a migration, with its outcomes when a fault happens after them.
+type steps []struct{ step, outcome string }
+
+// faults by name. What was pulled out is put back by mend, which tells whether
+// the guest's driver has to begin anew.
+var faults = []struct {
+	name string
+	do   func(*drill)
+	mend func(*drill) (restarted bool)
+	// steps are those that are tried unless all are, with their outcomes.
+	steps steps
+}{
+	{"agents killed", func(d *drill) {
+		for _, e := range []*end{d.src, d.dst} {
+			d.stop(e)
+			d.start(e)
+		}
+	}, nil, steps{{everyStep, moved}}},
+	{"source's device process killed", func(d *drill) { d.src.killProcess() }, nil, steps{{capturedStep, lost}, {activeStep, moved}}},
+	{"target's device process killed", func(d *drill) { d.dst.killProcess() }, nil, steps{{preparedStep, stayed}, {activeStep, stayed}}},
+	{"source's PF down", func(d *drill) { d.down(d.src) }, func(d *drill) bool { return d.raise(d.src) },
+		steps{{preparedStep, moved}, {loadedStep, moved}}},
+	{"target's PF down", func(d *drill) { d.down(d.dst) }, func(d *drill) bool { return d.raise(d.dst) },
+		steps{{pinnedStep, stayed}, {heldStep, stayed}}},
+	{"source's VFs removed", func(d *drill) { d.remove(d.src) }, func(d *drill) bool { d.again(d.src); return false },
+		steps{{capturedStep, moved}, {movedStep, moved}}},
+	{"target's VFs removed", func(d *drill) { d.remove(d.dst) }, func(d *drill) bool { d.again(d.dst); return false },
+		steps{{loadedStep, stayed}, {activeStep, lost}}},
+}
+
+func (d *drill) down(e *end) {
+	d.t.Helper()
+	d.interrupted = e == d.at && (e.is(pb.Phase_PHASE_RUNNING) || e.is(pb.Phase_PHASE_SOURCE_PREPARED))
+	link, err := e.pf.Link()
+	d.must(err)
+	d.must(netlink.LinkSetDown(link))
+}
+
+// raise brings an end's PF up again; a guest on it sees a reset of its PF.
+func (d *drill) raise(e *end) bool {
+	d.t.Helper()
+	d.must(e.pf.Up())
+	d.await("the link of "+e.pf.Name, func() bool {
+		link, err := e.pf.Link()
+		return err == nil && link.Attrs().OperState == netlink.OperUp
+	})
+	return d.interrupted || d.at == e
+}
+
+// removal bounds how long somebody who removes VFs has to wait.
+const removal = 5 * time.Second
+
+// remove removes an end's VFs, which takes until nobody uses them.
+func (d *drill) remove(e *end) {
+	d.t.Helper()
+	begin, done := time.Now(), make(chan error, 1)
+	go func() { done <- e.pf.RemoveVFs() }()
+	select {
+	case err := <-done:
+		d.must(err)
+		d.t.Logf("the VFs were removed within %v", time.Since(begin))
+	case <-time.After(removal):
+		d.t.Errorf("the VFs are not removed within %v", removal)
+		e.killProcess()
+		d.must(<-done)
+	}
+	if n := d.damage(e); n == 0 {
+		d.t.Error("that the VFs are gone is not told")
+	}
+}
+
+func (d *drill) damage(e *end) int {
+	d.start(e)
+	list, err := e.agent.host.Damage(d.t.Context())
+	d.must(err)
+	return len(list)
+}
+
+// again makes the VFs anew.
+func (d *drill) again(e *end) {
+	d.t.Helper()
+	_, err := e.pf.MakeVFs(vfsPerNode)
+	d.must(err)
+	e.before, err = e.settings()
+	d.must(err)
+	d.raise(e)
+}
+
+// TestNodeFaults: whatever is killed, pulled down or removed, in whatever step of
+// a migration, the VM runs on one side with a VF that works, or has none; and
+// when its pods have ended all VFs are as they were.
+func TestNodeFaults(t *testing.T) {
+	for _, f := range faults {
+		want, list := map[string]string{}, []string(nil)
+		for _, s := range f.steps {
+			want[s.step] = s.outcome
+			list = append(list, s.step)
+		}
+		if os.Getenv("COMPSC_FAULTS") == "all" {
+			list = allSteps
+		}
+		for _, step := range list {
+			t.Run(f.name+"/"+step, func(t *testing.T) {
+				d := newDrill(t)
+				got := d.play(step, func() { f.do(d) })
+				for _, c := range d.get().Status.Conditions {
+					if c.Status != metav1.ConditionTrue {
+						t.Logf("%s is %s for %s: %s", c.Type, c.Status, c.Reason, c.Message)
+					}
+				}
+				t.Logf("OUTCOME %s, %s: %s", f.name, step, got)
+				if w := want[step]; w != "" && got != w {
+					t.Errorf("the VM %s, want %s", got, w)
+				}
+				if f.mend != nil && f.mend(d) {
+					d.must(d.guest.Start(d.guest.MAC))
+				}
+				if got != lost {
+					if err := d.traffic("afterwards"); err != nil {
+						t.Error(err)
+					}
+				}
+				d.free()
+			})
+		}
+	}
+}
