@@ -9,7 +9,9 @@
 //     libvirt does not know and so leaves alone (QEMU 10.1 or later);
 //   - the switchover gate: two block nodes without a device, NBD and qcow2 on
 //     top of it (see package gate for why two);
-//   - a second QMP monitor, for the device process.
+//   - a second QMP monitor, for the device process;
+//   - one <interface> for each VF by which KubeVirt knows it, and which the
+//     guest cannot find (see nominal).
 //
 // Everything but these is left as it is, byte for byte. All paths must be the
 // same on both nodes of a migration: the domain moves with the VM.
@@ -34,6 +36,11 @@ const prefix = "compsc-"
 
 // VF is one VF of the VM.
 type VF struct {
+	// Name is that of the VMI's interface.
+	Name string
+	// MAC is what KubeVirt shows as the interface's address; empty to have
+	// libvirt make one up.
+	MAC string
 	// Slot is its device number on bus 0 of the guest, 1 to 31.
 	Slot int
 	// Socket is its vfio-user socket as QEMU sees it.
@@ -67,7 +74,8 @@ func Define(doc []byte, c Config) ([]byte, error) {
 	if err := l.possible(); err != nil {
 		return nil, err
 	}
-	if err := l.conflicts(c.VFs); err != nil {
+	own, known := nominal(c.VFs)
+	if err := l.conflicts(c.VFs, known); err != nil {
 		return nil, err
 	}
 	if err := l.shareMemory(); err != nil {
@@ -77,29 +85,50 @@ func Define(doc []byte, c Config) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := l.qemuCommandline
-	own.Args = foreign(own.Args)
+	passed := l.qemuCommandline
+	passed.Args = foreign(passed.Args)
 	for _, a := range args {
-		own.Args = append(own.Args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
+		passed.Args = append(passed.Args, libvirtxml.DomainQEMUCommandlineArg{Value: a})
 	}
 	memory, err := element(l.memoryBacking, "memoryBacking")
 	if err != nil {
 		return nil, err
 	}
-	commandline, err := element(own, "")
+	commandline, err := element(passed, "")
 	if err != nil {
 		return nil, err
 	}
-	return l.replace(doc, memory, commandline), nil
+	edits := []edit{{l.memory, memory}, {l.commandline, commandline}}
+	for _, i := range l.interfaces {
+		if known[i.alias] {
+			edits = append(edits, edit{i.span, nil})
+		}
+	}
+	var interfaces []byte
+	for _, i := range own {
+		b, err := element(i, "")
+		if err != nil {
+			return nil, err
+		}
+		interfaces = append(interfaces, b...)
+	}
+	return replace(doc, append(edits, edit{l.devices, interfaces})), nil
 }
 
 func (c Config) validate() error {
 	if len(c.VFs) == 0 {
 		return errors.New("no VF for the domain")
 	}
+	if len(c.VFs) > maxVFs {
+		return fmt.Errorf("%d VFs for the domain, at most %d", len(c.VFs), maxVFs)
+	}
 	paths := []string{c.Gate, c.Monitor}
-	slots := map[int]bool{}
+	slots, names := map[int]bool{}, map[string]bool{}
 	for _, v := range c.VFs {
+		if !interfaceName.MatchString(v.Name) || names[v.Name] {
+			return fmt.Errorf("%.64q is not the name of an interface, or given twice", v.Name)
+		}
+		names[v.Name] = true
 		if v.Slot < 1 || v.Slot > 31 || slots[v.Slot] {
 			return fmt.Errorf("PCI slot %#x is not between 1 and 0x1f, or given twice", v.Slot)
 		}

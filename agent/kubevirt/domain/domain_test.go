@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"encoding/xml"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,16 +13,27 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"libvirt.org/go/libvirtxml"
+
+	"compsc.io/compsc/agent/kubevirt"
 )
 
 var config = Config{
 	VFs: []VF{
-		{Slot: 0x10, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock"},
-		{Slot: 0x11, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock"},
+		{Name: "fast", MAC: "52:54:00:00:00:01", Slot: 0x10, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf10.sock"},
+		{Name: "faster_2", Slot: 0x11, Socket: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/vf11.sock"},
 	},
 	Gate:    "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/gate.sock",
 	Monitor: "/var/run/kubevirt-hooks/hook-sidecar-0/compsc/qmp.sock",
 }
+
+// added are the interfaces by which KubeVirt knows the VFs of config.
+const added = `<interface type="udp"><mac address="52:54:00:00:00:01"></mac>` +
+	`<source address="127.86.70.1" port="9"><local address="127.86.70.1" port="58870"></local></source>` +
+	`<model type="virtio-non-transitional"></model><rom enabled="no"></rom><alias name="ua-fast"></alias>` +
+	`<address type="pci" domain="0x0000" bus="0x00" slot="0x18" function="0x1"></address></interface>` +
+	`<interface type="udp"><source address="127.86.70.2" port="9"><local address="127.86.70.2" port="58870"></local></source>` +
+	`<model type="virtio-non-transitional"></model><rom enabled="no"></rom><alias name="ua-faster_2"></alias>` +
+	`<address type="pci" domain="0x0000" bus="0x00" slot="0x18" function="0x2"></address></interface>`
 
 func read(t testing.TB, name string) []byte {
 	t.Helper()
@@ -80,7 +92,13 @@ func TestDefine(t *testing.T) {
 				t.Fatal(err)
 			}
 			changed := []string{"domain/memoryBacking", "domain/commandline"}
-			if d := cmp.Diff(parts(t, in, changed...), parts(t, out, changed...)); d != "" {
+			rest, added := out, []byte(added)
+			if at := bytes.Index(out, added); at < 0 || bytes.Count(out, added) != 1 {
+				t.Errorf("the interfaces are not there, once, but: %s", out)
+			} else {
+				rest = slices.Concat(out[:at], out[at+len(added):])
+			}
+			if d := cmp.Diff(parts(t, in, changed...), parts(t, rest, changed...)); d != "" {
 				t.Errorf("other parts (-in +out):\n%s", d)
 			}
 			again, err := Define(out, config)
@@ -152,10 +170,20 @@ func TestRefusals(t *testing.T) {
 		"IOMMU":                    {file: "kernel-boot", old: "<rng ", new: `<iommu model="intel"/><rng `, want: "remove the IOMMU"},
 		"PCI address taken": {file: "root-complex", old: `slot="0x05"`, new: `slot="0x11"`,
 			want: "PCI address 0000:00:11.0 of the guest, where a VF is to be, is that of a rng"},
+		"PCI address of an interface taken": {file: "kernel-boot", old: "<rng ", new: `<interface type="user"><address type="pci" bus="0x00" slot="0x10"/></interface><rng `,
+			want: "PCI address 0000:00:10.0 of the guest, where a VF is to be, is that of a network interface"},
+		"empty device taken": {file: "root-complex", old: `slot="0x05"`, new: `slot="0x18"`,
+			want: "PCI address 0000:00:18.0 of the guest, which must stay empty, is that of a rng"},
+		"empty device asked for": {file: "kernel-boot", config: func(c *Config) { c.VFs[0].Slot = 0x18 }, want: "must stay empty, is that of a VF"},
 		"PCI address unreadable": {file: "root-complex", old: `slot="0x05"`, new: `slot="five"`, want: "domain XML"},
 		"no domain":              {file: "kernel-boot", old: "<domain", new: "<network", want: "domain XML"},
 		"cut off":                {file: "kernel-boot", old: "</domain>", new: "", want: "domain XML"},
 		"two memory backings":    {file: "hugepages", old: "<os>", new: "<memoryBacking/><os>", want: "two elements memoryBacking"},
+		"no devices":             {file: "kernel-boot", old: "<devices>", new: "<devices/><device>", want: "domain XML"},
+		"devices twice":          {file: "kernel-boot", old: "<devices>", new: "<devices></devices><devices>", want: "two elements devices"},
+		"no name":                {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Name = "" }, want: `"" is not the name of an interface`},
+		"same name":              {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Name = "fast" }, want: `"fast" is not the name of an interface, or given twice`},
+		"too many":               {file: "kernel-boot", config: func(c *Config) { c.VFs = make([]VF, 15) }, want: "15 VFs for the domain, at most 14"},
 		"no VF":                  {file: "kernel-boot", config: func(c *Config) { c.VFs = nil }, want: "no VF"},
 		"same slot":              {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Slot = 0x10 }, want: "given twice"},
 		"slot 32":                {file: "kernel-boot", config: func(c *Config) { c.VFs[1].Slot = 32 }, want: "PCI slot 0x20"},
@@ -211,12 +239,46 @@ func TestOtherArgumentsStay(t *testing.T) {
 	}
 }
 
+// TestInterfacesOfOthers: only an interface with a VF's alias is replaced, and
+// KubeVirt's, which it makes for a binding with a domainAttachmentType, is.
+func TestInterfacesOfOthers(t *testing.T) {
+	const (
+		others = `<interface type="ethernet"><alias name="ua-default"/><address type="pci" domain="0x0000" bus="0x01" slot="0x10" function="0x0"/></interface>`
+		tap    = `<interface type="ethernet"><alias name="ua-fast"/><address type="pci" domain="0x0000" bus="0x00" slot="0x18" function="0x1"/></interface>`
+	)
+	in := bytes.Replace(read(t, "kernel-boot"), []byte("<devices>"), []byte("<devices>"+tap+others), 1)
+	out, err := Define(in, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(out, []byte(tap)) || !bytes.Contains(out, []byte(others)) || bytes.Count(out, []byte(added)) != 1 {
+		t.Errorf("it became:\n%s", out)
+	}
+}
+
+// TestNominalAddresses: no two interfaces are at one place, none at function 0,
+// and none where a VF is by default.
+func TestNominalAddresses(t *testing.T) {
+	seen := map[string]bool{}
+	for n := range maxVFs {
+		slot, function := nominalAddress(n)
+		at := fmt.Sprintf("%x.%x", slot, function)
+		if seen[at] || function < 1 || function > 7 || slot < kubevirt.FirstSlot+kubevirt.MaxInterfaces || slot > 0x1f {
+			t.Errorf("interface %d is at %s", n, at)
+		}
+		seen[at] = true
+	}
+	if maxVFs < kubevirt.MaxInterfaces {
+		t.Errorf("at most %d VFs, a VM may have %d", maxVFs, kubevirt.MaxInterfaces)
+	}
+}
+
 func FuzzDefine(f *testing.F) {
 	for _, name := range []string{"kernel-boot", "rich", "hugepages", "hugepages-no-memfd", "root-complex"} {
 		f.Add(read(f, name))
 	}
-	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35">hvm</type></os></domain>`))
-	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35"/></os><memoryBacking/><x:commandline xmlns:x="http://libvirt.org/schemas/domain/qemu/1.0"/></domain><!-- -->`))
+	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35">hvm</type></os><devices></devices></domain>`))
+	f.Add([]byte(`<domain type="kvm"><os><type arch="x86_64" machine="q35"/></os><devices><interface type="ethernet"><alias name="ua-fast"/></interface> <interface/></devices><memoryBacking/><x:commandline xmlns:x="http://libvirt.org/schemas/domain/qemu/1.0"/></domain><!-- -->`))
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		out, err := Define(doc, config)
 		if err != nil {

@@ -10,6 +10,7 @@
 package hook
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -166,8 +168,7 @@ func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error
 	}
 	// What cannot work is refused at once, without waiting for a VF.
 	c := s.config(slots)
-	out, err := domain.Define(doc, c)
-	if err != nil {
+	if _, err := domain.Define(doc, c); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.o.Wait)
@@ -185,6 +186,18 @@ func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error
 	}
 	if err := kubevirt.CheckNetworkInfo(info, have); err != nil {
 		return nil, fmt.Errorf("%s: %w", s.o.NetworkInfo, err)
+	}
+	// KubeVirt is told the addresses too.
+	for i := range c.VFs {
+		for _, h := range have {
+			if h.Name == c.VFs[i].Name {
+				c.VFs[i].MAC = h.MAC
+			}
+		}
+	}
+	out, err := domain.Define(doc, c)
+	if err != nil {
+		return nil, err
 	}
 	s.o.Log.Info("domain defined", "vmi", vmi.Namespace+"/"+vmi.Name, "interfaces", len(have))
 	return out, nil
@@ -214,15 +227,10 @@ func (s *Server) config(slots map[string]int) domain.Config {
 	dir := kubevirt.ComputeDeviceDir(s.o.Sidecar)
 	c := domain.Config{Gate: filepath.Join(dir, s.o.Gate), Monitor: filepath.Join(dir, s.o.Monitor)}
 	// In the order of the device numbers, whatever that of the interfaces is.
-	bySlot := map[int]bool{}
-	for _, slot := range slots {
-		bySlot[slot] = true
+	for name, slot := range slots {
+		c.VFs = append(c.VFs, domain.VF{Name: name, Slot: slot, Socket: filepath.Join(dir, s.o.VF(slot))})
 	}
-	for slot := range 32 {
-		if bySlot[slot] {
-			c.VFs = append(c.VFs, domain.VF{Slot: slot, Socket: filepath.Join(dir, s.o.VF(slot))})
-		}
-	}
+	slices.SortFunc(c.VFs, func(a, b domain.VF) int { return cmp.Compare(a.Slot, b.Slot) })
 	return c
 }
 

@@ -132,6 +132,7 @@ func TestServesVirtLauncher(t *testing.T) {
 		`/var/run/kubevirt-hooks/hook-sidecar-1/compsc/gate.sock`,
 		`/var/run/kubevirt-hooks/hook-sidecar-1/compsc/10.sock`,
 		`/var/run/kubevirt-hooks/hook-sidecar-1/compsc/11.sock`,
+		`<mac address="52:54:00:00:00:01">`, `<alias name="ua-net1">`, `<alias name="ua-net2">`,
 	} {
 		if !bytes.Contains(once, []byte(want)) {
 			t.Errorf("the domain has no %s:\n%s", want, once)
