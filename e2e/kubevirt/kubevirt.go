@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -32,6 +33,9 @@ const (
 	Namespace = "default"
 	// NodeA and NodeB are the nodes.
 	NodeA, NodeB = "a", "b"
+
+	// launcherImage is what hack/kubevirt names the image.
+	launcherImage = "localhost/virt-launcher-vfio-user"
 
 	kubevirtNamespace = "kubevirt"
 	controlPlaneLabel = "node-role.kubernetes.io/control-plane"
@@ -117,7 +121,7 @@ func (s *Stack) installKubeVirt(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Kube.Apply(ctx, manifest, oneReplica); err != nil {
+	if err := s.Kube.Apply(ctx, manifest, configureOperator); err != nil {
 		return fmt.Errorf("KubeVirt's operator: %w", err)
 	}
 	cr, err := toUnstructured(s.kubeVirt())
@@ -141,13 +145,32 @@ func (s *Stack) installKubeVirt(ctx context.Context) error {
 	})
 }
 
-// oneReplica has one virt-operator where there would be two: nothing here
-// tests its failover.
-func oneReplica(u *unstructured.Unstructured) error {
+// configureOperator tells virt-operator of an image for virt-launcher whose QEMU
+// has vfio-user-pci, as docs/quick-start.md says. It has one virt-operator where
+// there would be two: nothing here tests its failover.
+func configureOperator(u *unstructured.Unstructured) error {
 	if u.GetKind() != "Deployment" || u.GetName() != "virt-operator" {
 		return nil
 	}
-	return unstructured.SetNestedField(u.Object, int64(1), "spec", "replicas")
+	containers, _, err := unstructured.NestedSlice(u.Object, "spec", "template", "spec", "containers")
+	if err != nil {
+		return err
+	}
+	for _, c := range containers {
+		container, ok := c.(map[string]any)
+		if !ok {
+			return fmt.Errorf("a container of virt-operator is a %T", c)
+		}
+		env, _, err := unstructured.NestedSlice(container, "env")
+		if err != nil {
+			return err
+		}
+		_, version, _ := strings.Cut(fmt.Sprint(container["image"]), ":")
+		container["env"] = append(env, map[string]any{"name": "VIRT_LAUNCHER_IMAGE", "value": launcherImage + ":" + version})
+	}
+	return errors.Join(
+		unstructured.SetNestedSlice(u.Object, containers, "spec", "template", "spec", "containers"),
+		unstructured.SetNestedField(u.Object, int64(1), "spec", "replicas"))
 }
 
 // kubeVirt is KubeVirt's configuration.

@@ -18,20 +18,21 @@ import (
 )
 
 const (
-	vm, vmMAC           = "vm", "52:54:00:c0:5c:01"
-	blocker, blockerMAC = "blocker", "52:54:00:c0:5c:02"
+	vm, blocker = "vm", "blocker"
 
 	// refusedDrain is longer than a drain of a virtual machine that can move
 	// takes until it moves.
 	refusedDrain = 15 * time.Second
 )
 
-// TestMove: a virtual machine that names our binding gets its VF, and under
+var vmMACs, blockerMACs = []string{"52:54:00:c0:5c:01", "52:54:00:c0:5c:11"}, []string{"52:54:00:c0:5c:02"}
+
+// TestMove: a virtual machine that names our binding gets its VFs, and under
 // traffic from outside is moved in every way that users have. One that
 // cannot be moved is left alone, and everybody is told why.
 func TestMove(t *testing.T) {
 	ctx := testContext(t, 20*time.Minute)
-	g, err := stack.Boot(ctx, vm, vmMAC, 0)
+	g, err := stack.Boot(ctx, vm, vmMACs, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,6 +44,13 @@ func TestMove(t *testing.T) {
 	if err := g.StartTraffic(ctx); err != nil {
 		t.Fatal(err)
 	}
+	content := func(t *testing.T) {
+		t.Helper()
+		if err := stack.CheckContent(ctx, vm, vmMACs); err != nil {
+			t.Error(err)
+		}
+	}
+	content(t)
 	for _, way := range stack.Ways(vm) {
 		if !t.Run(way.Name, func(t *testing.T) {
 			m, err := stack.Move(ctx, vm, g, way.Name, way.Ask)
@@ -52,10 +60,18 @@ func TestMove(t *testing.T) {
 			if m.VFMigration.Status.Phase != v1alpha1.PhaseSucceeded {
 				t.Errorf("the VFMigration's phase is %s", m.VFMigration.Status.Phase)
 			}
+			if n := len(m.VFMigration.Status.Devices); n != len(vmMACs) {
+				t.Errorf("%d VFs moved, want %d", n, len(vmMACs))
+			}
 			t.Log(m)
+			content(t)
 		}) {
 			t.FailNow()
 		}
+	}
+	told(ctx, t)
+	for _, u := range undoings {
+		t.Run(u.name, func(t *testing.T) { undone(ctx, t, g, u) })
 	}
 	t.Run("refused", func(t *testing.T) { refused(ctx, t, g.Rebase) })
 	if _, err := g.CheckUndisturbed(ctx); err != nil {
@@ -66,7 +82,7 @@ func TestMove(t *testing.T) {
 	}
 }
 
-// refused takes the only VF that the virtual machine could move to.
+// refused takes one of the VFs that the virtual machine could move to.
 func refused(ctx context.Context, t *testing.T, rebase func(context.Context) error) {
 	from, err := stack.NodeOf(ctx, vm)
 	if err != nil {
@@ -76,7 +92,7 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 	if err := stack.AwaitMovable(ctx, vm, to); err != nil {
 		t.Fatal(err)
 	}
-	if err := stack.CreateVM(ctx, blocker, VMOptions{MAC: blockerMAC, Node: to, Paused: true}); err != nil {
+	if err := stack.CreateVM(ctx, blocker, VMOptions{MACs: blockerMACs, Node: to, Paused: true}); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
@@ -86,7 +102,7 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 	}()
 	if err := stack.Kube.Until(ctx, "the VF to be taken", func(ctx context.Context) (bool, error) {
 		free, err := stack.FreeVFs(ctx, to)
-		return free == 0, err
+		return free == VFsPerNode-1, err
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -76,11 +76,11 @@ func (s *Stack) installProduct(ctx context.Context) error {
 			if err := s.Client().Get(ctx, client.ObjectKey{Name: name}, node); err != nil {
 				return false, err
 			}
-			if q := node.Status.Allocatable[resourceName]; q.Value() == 0 {
+			if q := node.Status.Allocatable[resourceName]; q.Value() != VFsPerNode {
 				return false, nil
 			}
 			free, err := s.FreeVFs(ctx, name)
-			if err != nil || free == 0 {
+			if err != nil || free != VFsPerNode {
 				return false, client.IgnoreNotFound(err)
 			}
 		}

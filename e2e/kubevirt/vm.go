@@ -26,8 +26,11 @@ const (
 	// Binding is the name under which our network binding is registered, and
 	// Network the network of VFs.
 	Binding, Network = "compsc", Namespace + "/fast"
-	// Interface is the name of a VM's interface with a VF.
+	// Interface is the name of a VM's first interface with a VF; the others'
+	// names are it and their number.
 	Interface = "fast"
+	// VFsPerNode is how many VFs each node has (see deploy).
+	VFsPerNode = 2
 
 	guestMemory = 192 << 20
 
@@ -40,9 +43,9 @@ const (
 
 // VMOptions describe a virtual machine.
 type VMOptions struct {
-	// MAC of its VF; empty for a virtual machine without one.
-	MAC string
-	// Address of the VF, such as 198.18.0.100/24.
+	// MACs of its VFs; none for a virtual machine without.
+	MACs []string
+	// Address of the first VF, such as 198.18.0.100/24.
 	Address string
 	// Node that it must run on; empty for any.
 	Node string
@@ -64,13 +67,15 @@ func VMI(name string, o VMOptions) *kubevirtv1.VirtualMachineInstance {
 	args := []string{"console=tty0", "panic=-1", "mitigations=off", "compsc.port=ttyS0"}
 	s.Domain.Devices.Interfaces = []kubevirtv1.Interface{*kubevirtv1.DefaultMasqueradeNetworkInterface()}
 	s.Networks = []kubevirtv1.Network{*kubevirtv1.DefaultPodNetwork()}
-	if o.MAC != "" {
+	for n, mac := range o.MACs {
 		s.Domain.Devices.Interfaces = append(s.Domain.Devices.Interfaces, kubevirtv1.Interface{
-			Name: Interface, Binding: &kubevirtv1.PluginBinding{Name: Binding}, MacAddress: o.MAC,
+			Name: interfaceName(n), Binding: &kubevirtv1.PluginBinding{Name: Binding}, MacAddress: mac,
 		})
 		s.Networks = append(s.Networks, kubevirtv1.Network{
-			Name: Interface, NetworkSource: kubevirtv1.NetworkSource{Multus: &kubevirtv1.MultusNetwork{NetworkName: Network}},
+			Name: interfaceName(n), NetworkSource: kubevirtv1.NetworkSource{Multus: &kubevirtv1.MultusNetwork{NetworkName: Network}},
 		})
+	}
+	if o.Address != "" {
 		args = append(args, "compsc.ip="+o.Address)
 	}
 	s.Domain.Firmware = &kubevirtv1.Firmware{KernelBoot: &kubevirtv1.KernelBoot{
@@ -86,6 +91,14 @@ func VMI(name string, o VMOptions) *kubevirtv1.VirtualMachineInstance {
 		s.StartStrategy = new(kubevirtv1.StartStrategyPaused)
 	}
 	return v
+}
+
+// interfaceName is the name of a VM's n-th interface with a VF, from 0.
+func interfaceName(n int) string {
+	if n == 0 {
+		return Interface
+	}
+	return fmt.Sprintf("%s%d", Interface, n+1)
 }
 
 // CreateVM creates a virtual machine and waits until KubeVirt says that it runs.

@@ -24,8 +24,8 @@ const (
 	flow = 256 << 10
 )
 
-// Guest is a Linux guest with one VF and its traffic: a ping and a checked
-// stream. Lab, IP and Call are set by who makes it.
+// Guest is a Linux guest with VFs and the traffic through its first: a ping and
+// a checked stream. Lab, IP and Call are set by who makes it.
 type Guest struct {
 	// Lab is where the traffic comes from, IP the guest's address.
 	Lab *lab.Lab
@@ -46,9 +46,9 @@ type Health struct {
 	Resets uint64
 	// Lines are the last of these messages.
 	Lines []string
-	// CarrierDowns counts losses of the link.
+	// CarrierDowns counts losses of links.
 	CarrierDowns uint64
-	// Stats are the interface's counters.
+	// Stats are the first interface's counters.
 	Stats proto.Stats
 }
 
@@ -69,10 +69,16 @@ func (g *Guest) Health(ctx context.Context) (Health, error) {
 		if err != nil {
 			return err
 		}
-		if len(info.Interfaces) != 1 || len(stats) != 1 {
-			return fmt.Errorf("the guest has %d interfaces, want 1", len(info.Interfaces))
+		if len(info.Interfaces) == 0 || len(stats) != len(info.Interfaces) {
+			return fmt.Errorf("the guest has %d interfaces, and counters of %d", len(info.Interfaces), len(stats))
 		}
-		x.CarrierDowns, x.Stats = info.Interfaces[0].CarrierDowns, stats[0]
+		x.Stats = stats[0]
+		for _, i := range info.Interfaces {
+			if !i.Carrier {
+				return fmt.Errorf("the guest's interface %s has no link", i.Name)
+			}
+			x.CarrierDowns += i.CarrierDowns
+		}
 		return nil
 	})
 	return x, err

@@ -246,7 +246,11 @@ func (g *guest) info() (*proto.Info, error) {
 		}
 		info.Interfaces = append(info.Interfaces, described)
 	}
-	return info, nil
+	found, err := os.ReadDir("/sys/bus/pci/devices")
+	for _, device := range found {
+		info.PCI = append(info.PCI, device.Name())
+	}
+	return info, err
 }
 
 func describe(device netDevice) (proto.Interface, error) {

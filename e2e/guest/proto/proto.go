@@ -158,6 +158,9 @@ type Info struct {
 	Kernel string `json:"kernel"`
 	// Interfaces are the network interfaces that are PCI devices, by PCI address.
 	Interfaces []Interface `json:"interfaces"`
+	// PCI are the addresses of all PCI devices that the kernel found, such as
+	// 0000:00:05.0, in order.
+	PCI []string `json:"pci"`
 }
 
 // Interface describes a guest's network interface.

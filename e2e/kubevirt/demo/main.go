@@ -16,7 +16,9 @@ import (
 	"compsc.io/compsc/e2e/kubevirt"
 )
 
-const vmi, mac = "vm", "52:54:00:c0:5c:01"
+const vmi = "vm"
+
+var macs = []string{"52:54:00:c0:5c:01", "52:54:00:c0:5c:11"}
 
 func main() {
 	keep := flag.Bool("keep", false, "leave everything running until interrupted")
@@ -62,8 +64,8 @@ func run(ctx context.Context, keep bool) (err error) {
 
 // show moves a virtual machine in every way, under traffic.
 func show(ctx context.Context, s *kubevirt.Stack, say func(string, ...any)) error {
-	say("a virtual machine with an interface that names our binding boots, with an unmodified ixgbevf")
-	g, err := s.Boot(ctx, vmi, mac, 0)
+	say("a virtual machine with two interfaces that name our binding boots, with an unmodified ixgbevf")
+	g, err := s.Boot(ctx, vmi, macs, 0)
 	if err != nil {
 		return err
 	}
@@ -74,7 +76,7 @@ func show(ctx context.Context, s *kubevirt.Stack, say func(string, ...any)) erro
 	if err := g.StartTraffic(ctx); err != nil {
 		return err
 	}
-	say("it runs on node %s; pings and a checksummed TCP stream from outside go through its VF", node)
+	say("it runs on node %s; pings and a checksummed TCP stream from outside go through its first VF", node)
 	var moves []*kubevirt.Move
 	for _, way := range s.Ways(vmi) {
 		say("moving it by %s", way.Name)
