@@ -159,7 +159,7 @@ func newDrill(t *testing.T) *drill {
 			return &watchedHost{h, t, cards}
 		}
 		n.logLevel = slog.LevelInfo
-		n.limits = &limits{retry: 3 * time.Second, pause: 50 * time.Millisecond, call: 5 * time.Second, watch: time.Second, look: 150 * time.Millisecond}
+		n.limits = &limits{retry: 6 * time.Second, pause: 50 * time.Millisecond, call: 15 * time.Second, watch: time.Second, look: 150 * time.Millisecond}
 		if i == 0 {
 			d.src = e
 		} else {
