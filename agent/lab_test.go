@@ -229,6 +229,7 @@ func (n *labNode) start() {
 		a.limits = *n.limits
 	}
 	n.agent = a
+	creds.OnRefused(a.peerRefused)
 	var dead atomic.Bool
 	a.client = interceptor.NewClient(n.lab.client, interceptor.Funcs{
 		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
