@@ -4,15 +4,19 @@ package tests
 
 import (
 	"context"
+	"encoding/xml"
+	"slices"
 	"strings"
 	"testing"
 
 	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
+	"libvirt.org/go/libvirtxml"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
 )
@@ -185,4 +189,39 @@ func TestDeviceRestart(t *testing.T) {
 	}))
 	check(t, h.DeleteVM(ctx, name))
 	undisturbed(t, ctx, vmNode(t, ctx), harness.VFsPerNode)
+}
+
+// TestLibvirtNominal: libvirt knows the VF's interface by the name and the
+// address that KubeVirt asks it for, wherever the VM is, and the guest has no
+// device for that but the VF.
+func TestLibvirtNominal(t *testing.T) {
+	ctx := within(t, bound)
+	for range 2 {
+		var guest proto.Info
+		check(t, vm.Call(ctx, func(ctx context.Context, c *proto.Client) (err error) {
+			guest, err = c.Info(ctx)
+			return err
+		}))
+		if len(guest.Interfaces) != 1 || !slices.Contains(guest.PCI, "0000:00:10.0") {
+			t.Fatalf("the guest has %+v", guest)
+		}
+		for _, a := range guest.PCI {
+			if strings.HasPrefix(a, "0000:00:18.") {
+				t.Errorf("the guest found device %s", a)
+			}
+		}
+		doc, err := h.StandIn.Virsh(ctx, pod(t, ctx, vmKey()), "dumpxml", domainName(vmKey()), "--xpath", "//devices/interface", "--wrap")
+		check(t, err)
+		var d struct {
+			Interfaces []libvirtxml.DomainInterface `xml:"interface"`
+		}
+		if err := xml.Unmarshal([]byte(doc), &d); err != nil || len(d.Interfaces) != 1 {
+			t.Fatalf("the domain has the interfaces %s (%v)", doc, err)
+		}
+		i := d.Interfaces[0]
+		if i.Alias == nil || i.Alias.Name != "ua-"+harness.Interface || i.MAC == nil || i.MAC.Address != guest.Interfaces[0].MAC {
+			t.Errorf("the interface is %+v with MAC %+v, the guest's has %s", i.Alias, i.MAC, guest.Interfaces[0].MAC)
+		}
+		hop(t, ctx)
+	}
 }
