@@ -81,6 +81,10 @@ fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for F
 e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root); FAULTS=all for all faults in all steps.
 	@COMPSC_FAULTS=$(FAULTS) hack/test sriov $(TESTFLAGS)
 
+.PHONY: e2e-nested
+e2e-nested: qemu-tree guest sriov-node build ## Move a guest inside such a VM, with its own igbvf, from card to card (as root; minutes).
+	@hack/test nested $(TESTFLAGS)
+
 # What make test fuzzes: what a guest or a peer can reach in the running product.
 FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc
 
