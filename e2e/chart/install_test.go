@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -176,9 +177,24 @@ func (w *world) upgrade(t *testing.T) {
 	if node.Status.AgentVersion != "" {
 		t.Fatalf("the previous version's CRD has the new field: %q", node.Status.AgentVersion)
 	}
-	_, err := w.helm(ctx, append([]string{"upgrade", release, w.set.Chart}, w.values()...)...)
+	// There, back, and there again: with the values that it was installed with.
+	upgrade := []string{"upgrade", release, w.set.Chart, "--reset-then-reuse-values"}
+	_, err := w.helm(ctx, upgrade...)
 	check(t, err)
 	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy))
+	_, err = w.helm(ctx, "rollback", release, "1")
+	check(t, err)
+	if err := w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy); !apierrors.IsNotFound(err) {
+		t.Errorf("rolled back, the new version's policy is left: %v", err)
+	}
+	_, err = w.helm(ctx, upgrade...)
+	check(t, err)
+	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy))
+	deployment := &appsv1.Deployment{}
+	check(t, w.h.Client().Get(ctx, client.ObjectKey{Namespace: namespace, Name: "compsc-manager"}, deployment))
+	if args := deployment.Spec.Template.Spec.Containers[0].Args; !slices.Contains(args, "--ca-overlap="+overlap.String()) {
+		t.Errorf("the values of the installation are lost: %q", args)
+	}
 	w.endManager(t, ctx)
 	check(t, w.h.StartManager())
 	for _, node := range []string{harness.NodeA, harness.NodeB} {
