@@ -59,8 +59,9 @@ type Options struct {
 	// left then is sent by the target. Default 50 ms.
 	DrainTimeout time.Duration
 	// MailboxTimeout bounds the wait for a reply of the PF, and for the PF to
-	// let go of the mailbox. A request of the guest older than that counts as
-	// given up. Default 1 s, the patience of the driver.
+	// let go of the mailbox; what the engine sends it sends once more. A request
+	// of the guest older than that counts as given up. Default 1 s, the patience
+	// of the driver.
 	MailboxTimeout time.Duration
 	// ResetTimeout bounds how long a reset may take. Default 1 s.
 	ResetTimeout time.Duration
@@ -323,7 +324,7 @@ func (v *VF) awaitBits(ctx context.Context, bound time.Duration, what string, of
 
 // undoContext is for putting things right after ctx may have ended.
 func (v *VF) undoContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	bound := v.o.ResetTimeout + v.o.MailboxTimeout + time.Duration(len(v.queues))*2*v.o.QueueTimeout
+	bound := v.o.ResetTimeout + 2*v.o.MailboxTimeout + time.Duration(len(v.queues))*2*v.o.QueueTimeout
 	return context.WithTimeout(context.WithoutCancel(ctx), bound)
 }
 

@@ -56,6 +56,7 @@ type fakeVF struct {
 	refuse         map[uint32]bool // message ids the PF refuses
 	replyAfter     int             // ticks until a reply
 	mute           bool            // the PF never replies
+	talkOver       func() overTalk // asked at each request what becomes of it; nil for nothing
 	fixedHeads     bool            // heads cannot be written
 	zeroHeads      bool            // heads take only 0
 	headsLost      bool            // heads fall to 0 when a queue is enabled
@@ -265,6 +266,16 @@ func (d *fakeVF) reset() {
 	d.regs[ixgbevf.VFMAILBOX] = ixgbevf.MailboxRSTD
 }
 
+// overTalk is what a message that the PF sends unasked does to a request.
+type overTalk int
+
+const (
+	noTalk       overTalk = iota
+	forgets               // the PF has not read the request, and never will
+	overwrites            // the PF has done as asked, but the reply is gone
+	lostSilently          // no request, no reply, no message
+)
+
 func (d *fakeVF) writeMailbox(value uint32) {
 	d.regs[ixgbevf.VFMAILBOX] = d.regs[ixgbevf.VFMAILBOX]&^uint32(ixgbevf.MailboxVFU) | value&ixgbevf.MailboxVFU
 	if value&ixgbevf.MailboxREQ == 0 || d.mute {
@@ -273,6 +284,19 @@ func (d *fakeVF) writeMailbox(value uint32) {
 	request := make([]uint32, ixgbevf.MailboxWords)
 	for i := range request {
 		request[i] = d.regs[ixgbevf.VFMBMEM+4*uint32(i)]
+	}
+	talk := noTalk
+	if d.talkOver != nil {
+		talk = d.talkOver()
+	}
+	if talk == overwrites {
+		d.answer(request)
+	}
+	if talk == forgets || talk == overwrites {
+		d.say(ixgbevf.MsgPFControl | ixgbevf.MsgCTS)
+	}
+	if talk != noTalk {
+		return
 	}
 	d.regs[ixgbevf.VFMAILBOX] |= ixgbevf.MailboxPFACK
 	d.reply, d.replyIn = d.answer(request), d.replyAfter
@@ -302,7 +326,11 @@ func (d *fakeVF) deliver() {
 func (d *fakeVF) ping() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.regs[ixgbevf.VFMBMEM] = ixgbevf.MsgPFControl | ixgbevf.MsgCTS
+	d.say(ixgbevf.MsgPFControl | ixgbevf.MsgCTS)
+}
+
+func (d *fakeVF) say(word uint32) {
+	d.regs[ixgbevf.VFMBMEM] = word
 	d.regs[ixgbevf.VFMAILBOX] |= ixgbevf.MailboxPFSTS
 	d.regs[ixgbevf.VTEICR] |= 1 << 1
 }

@@ -129,9 +129,12 @@ func (v *VF) lockMailbox(ctx context.Context) error {
 }
 
 // exchange sends a message in the guest's place and returns the PF's reply.
-// Messages the PF sends unasked meanwhile are acknowledged and dropped: they
-// tell the driver to look at the link, which it does on the kick that follows
-// the restore.
+// A message that the PF sends unasked meanwhile is acknowledged and dropped: it
+// tells the driver to look at the link, which it does on the kick that follows
+// the restore. But it ends the wait with errUnanswered, for writing it the PF
+// forgets a request that it has not read (igb_write_mbx_pf, ixgbe_write_mbx_pf),
+// or has written over its own reply. No reply at all in time is errUnanswered
+// as well.
 func (v *VF) exchange(ctx context.Context, request []uint32) ([]uint32, error) {
 	if len(request) == 0 || len(request) > v.box.Words {
 		return nil, fmt.Errorf("message of %d words, the mailbox holds 1 to %d", len(request), v.box.Words)
@@ -152,13 +155,43 @@ func (v *VF) exchange(ctx context.Context, request []uint32) ([]uint32, error) {
 		}
 		reply = v.readMailboxMemory()
 		v.b.Write(v.box.Control, v.box.Ack)
-		return v.answers(request, reply), nil
+		if !v.answers(request, reply) {
+			return false, fmt.Errorf("%w: the PF sent message %#x of its own", errUnanswered, reply[0])
+		}
+		return true, nil
 	})
+	if errors.Is(err, errTimeout) {
+		err = fmt.Errorf("%w: %w", errUnanswered, err)
+	}
 	return reply, err
 }
 
-// replay sends the messages of a record and checks the replies.
-func (v *VF) replay(ctx context.Context, messages []family.Message) (int, error) {
+// errUnanswered marks a request of which is not known whether the PF did it.
+var errUnanswered = errors.New("request lost")
+
+// talk runs what sends requests to the PF. If one was lost, it runs it once
+// more from its start, which is a RESET message: asking again for the lost one
+// alone could have the PF take a filter twice.
+func (v *VF) talk(ctx context.Context, requests func() error) error {
+	err := requests()
+	if !errors.Is(err, errUnanswered) || ctx.Err() != nil {
+		return err
+	}
+	v.o.Logger.Info("a mailbox request was lost; all are sent again", "error", err)
+	return requests()
+}
+
+// replay sends the messages of a record to the PF of a VF that was just reset,
+// and checks the replies. It returns how many were done.
+func (v *VF) replay(ctx context.Context, messages []family.Message) (done int, err error) {
+	err = v.talk(ctx, func() (err error) {
+		done, err = v.replayOnce(ctx, messages)
+		return err
+	})
+	return done, err
+}
+
+func (v *VF) replayOnce(ctx context.Context, messages []family.Message) (int, error) {
 	for i, m := range messages {
 		if len(m.Words) == 0 {
 			if err := v.resetDevice(ctx); err != nil {

@@ -64,10 +64,23 @@ func (v *VF) forgetMode(ctx context.Context) error {
 	if err := v.resetDevice(ctx); err != nil {
 		return err
 	}
-	for _, request := range v.f.Probe() {
-		if _, err := v.exchange(ctx, request); err != nil {
-			return fmt.Errorf("message %#x: %w", request[0], err)
+	_, err := v.askAll(ctx)
+	return err
+}
+
+// askAll sends the family's questions to the PF of a VF that was just reset,
+// and returns the replies.
+func (v *VF) askAll(ctx context.Context) (replies [][]uint32, err error) {
+	err = v.talk(ctx, func() error {
+		replies = nil
+		for _, request := range v.f.Probe() {
+			reply, err := v.exchange(ctx, request)
+			if err != nil {
+				return fmt.Errorf("message %#x: %w", request[0], err)
+			}
+			replies = append(replies, reply)
 		}
-	}
-	return nil
+		return nil
+	})
+	return replies, err
 }

@@ -3,6 +3,7 @@ package compsc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -60,7 +61,14 @@ func differences(t *testing.T, source *fakeVF, target *fakeVF, before, after map
 // how the target differs. The source runs again afterwards, to compare with.
 func migrate(t *testing.T, steps []step) (string, RestoreReport) {
 	t.Helper()
+	return migrateTo(t, steps, func(*fakeVF) {})
+}
+
+// migrateTo is migrate to a target that was changed.
+func migrateTo(t *testing.T, steps []step, change func(*fakeVF)) (string, RestoreReport) {
+	t.Helper()
 	source, target := newFake(), usedTarget()
+	change(target)
 	v := newMemoryVF(source)
 	for n := range uint64(ixgbevf.DefaultQueuePairs) {
 		ring := 1<<32 + 0x10000*(n+1)
@@ -91,6 +99,43 @@ func TestRestoreMakesTargetEqual(t *testing.T) {
 	want := RestoreReport{ReplayedOperations: 12, HeadsStrategy: HeadsWriteVerify}
 	if report != want {
 		t.Errorf("report %+v, want %+v", report, want)
+	}
+}
+
+// The PF talks whenever its link changes, also over each of the requests of a
+// replay. The target is as without that, whatever became of the request.
+func TestRestoreTalkedOver(t *testing.T) {
+	const requests = 12
+	for talk, name := range map[overTalk]string{forgets: "forgets", overwrites: "overwrites", lostSilently: "silent"} {
+		for n := range requests {
+			t.Run(fmt.Sprintf("%s/%d", name, n), func(t *testing.T) {
+				asked := 0
+				diff, report := migrateTo(t, restoreSteps, func(d *fakeVF) {
+					d.talkOver = func() overTalk {
+						if asked++; asked == n+1 {
+							return talk
+						}
+						return noTalk
+					}
+				})
+				if diff != "" {
+					t.Errorf("the target differs from the source (-source +target):\n%s", diff)
+				}
+				if want := n + 1 + requests; asked != want || report.ReplayedOperations != requests {
+					t.Errorf("%d requests, %d of them replayed, want %d and %d", asked, report.ReplayedOperations, want, requests)
+				}
+			})
+		}
+	}
+}
+
+// A PF that goes on talking is no PF to move to.
+func TestRestoreTalkedDown(t *testing.T) {
+	diff, _ := migrateTo(t, restoreSteps, func(d *fakeVF) {
+		d.talkOver = func() overTalk { return forgets }
+	})
+	if !strings.Contains(diff, "of its own") {
+		t.Errorf("restore: %q, want that the PF sent messages of its own", diff)
 	}
 }
 

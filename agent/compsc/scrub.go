@@ -109,13 +109,9 @@ func (v *VF) probe(ctx context.Context) (Capabilities, error) {
 			caps.WritableTXHeads = caps.WritableTXHeads && ok
 		}
 	}
-	var replies [][]uint32
-	for _, request := range v.f.Probe() {
-		reply, err := v.exchange(ctx, request)
-		if err != nil {
-			return Capabilities{}, fmt.Errorf("message %#x: %w", request[0], err)
-		}
-		replies = append(replies, reply)
+	replies, err := v.askAll(ctx)
+	if err != nil {
+		return Capabilities{}, err
 	}
 	offer, err := v.f.Offer(replies)
 	if err != nil {
