@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
@@ -117,20 +118,9 @@ func (c *certifier) trust(ctx context.Context) ([]*x509.Certificate, error) {
 		return nil, fmt.Errorf("which authorities agents trust: ConfigMap %s, which the compsc manager writes: %w", key, err)
 	}
 	text := []byte(m.Data[v1alpha1.TrustKey])
-	var trusted []*x509.Certificate
-	for rest := bytes.TrimSpace(text); len(rest) > 0; rest = bytes.TrimSpace(rest) {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			return nil, fmt.Errorf("ConfigMap %s: key %s is not a sequence of PEM certificates", key, v1alpha1.TrustKey)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("ConfigMap %s: key %s: %w", key, v1alpha1.TrustKey, err)
-		}
-		trusted = append(trusted, cert)
-	}
-	if len(trusted) == 0 {
-		return nil, fmt.Errorf("ConfigMap %s: key %s holds no certificate", key, v1alpha1.TrustKey)
+	trusted, err := certs.Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("ConfigMap %s: key %s: %w", key, v1alpha1.TrustKey, err)
 	}
 	if old, err := os.ReadFile(c.files.CA); err == nil && bytes.Equal(old, text) {
 		return trusted, nil
@@ -152,14 +142,11 @@ func (c *certifier) need(trusted []*x509.Certificate) (string, time.Duration) {
 	if err != nil {
 		return err.Error(), 0
 	}
-	block, _ := pem.Decode(text)
-	if block == nil {
-		return c.files.Cert + " is not PEM", 0
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	list, err := certs.Parse(text)
 	if err != nil {
-		return err.Error(), 0
+		return c.files.Cert + ": " + err.Error(), 0
 	}
+	cert := list[0]
 	if err := c.creds.Check(c.now()); err != nil {
 		return err.Error(), 0
 	}
@@ -249,14 +236,11 @@ func (c *certifier) answer(ctx context.Context, trusted []*x509.Certificate) (bo
 
 // fits refuses a certificate that others would refuse.
 func (c *certifier) fits(text []byte, trusted []*x509.Certificate) error {
-	block, _ := pem.Decode(text)
-	if block == nil {
-		return errors.New("its certificate is not PEM")
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	list, err := certs.Parse(text)
 	if err != nil {
 		return fmt.Errorf("its certificate: %w", err)
 	}
+	cert := list[0]
 	if !c.pending.key.PublicKey.Equal(cert.PublicKey) {
 		return errors.New("its certificate is for another key")
 	}

@@ -272,7 +272,7 @@ func TestCertificateRefused(t *testing.T) {
 		"not PEM": {func(b *certBench, r *certificatesv1.CertificateSigningRequest) {
 			r.Status.Certificate = []byte("x")
 			b.answers(r)
-		}, "not PEM"},
+		}, "not a sequence of PEM"},
 		"not a certificate": {func(b *certBench, r *certificatesv1.CertificateSigningRequest) {
 			r.Status.Certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})
 			b.answers(r)
@@ -381,7 +381,7 @@ func TestNeed(t *testing.T) {
 		after           time.Duration
 	}{
 		{"good", string(good), "", 0},
-		{"not PEM", "x", "is not PEM", 0},
+		{"not PEM", "x", "sequence of PEM", 0},
 		{"not a certificate", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")})), "x509", 0},
 		{"at its end", string(good), "ends at", 45 * time.Minute},
 		{"over", string(good), "is valid from", 2 * time.Hour},

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/nbd"
 )
 
 // reached waits for a condition to be true; false says that something failed.
@@ -97,8 +99,8 @@ func (d *drill) play(step string, fault func()) string {
 	if d.src.is(pb.Phase_PHASE_SOURCE_PREPARED) {
 		d.await("the migration to be noticed", func() bool { return d.src.said.has(begun) })
 	}
-	flushed := held(d.src.machine.flush)
-	var answer *uint32
+	flushed := nbd.Held(d.src.machine.gate.Flush)
+	var answer *syscall.Errno
 	d.await("the VM's stop", func() bool { return answered(flushed, &answer) || d.src.is(pb.Phase_PHASE_CAPTURED) })
 	after(capturedStep)
 	d.start(d.src)
@@ -108,7 +110,7 @@ func (d *drill) play(step string, fault func()) string {
 	}
 	after(loadedStep)
 	d.stop(d.dst)
-	started := held(d.dst.machine.read)
+	started := nbd.Held(d.dst.machine.gate.Read)
 	answer = nil
 	d.await("the VM's start to be held", func() bool { return answered(started, &answer) || d.dst.is(pb.Phase_PHASE_TARGET_HELD) })
 	after(heldStep)
@@ -137,7 +139,7 @@ func (d *drill) play(step string, fault func()) string {
 const vfiouserConfig = 7
 
 // answered takes the answer to a held request, if it is there.
-func answered(c <-chan uint32, into **uint32) bool {
+func answered(c <-chan syscall.Errno, into **syscall.Errno) bool {
 	if *into != nil {
 		return true
 	}
@@ -151,7 +153,7 @@ func answered(c <-chan uint32, into **uint32) bool {
 }
 
 // answer waits for it.
-func (d *drill) answer(c <-chan uint32, have *uint32) uint32 {
+func (d *drill) answer(c <-chan syscall.Errno, have *syscall.Errno) syscall.Errno {
 	d.t.Helper()
 	d.await("the gate's answer", func() bool { return answered(c, &have) })
 	return *have

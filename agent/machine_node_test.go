@@ -7,19 +7,17 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 
-	"github.com/pojntfx/go-nbd/pkg/protocol"
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/vfiouser"
+	"compsc.io/compsc/e2e/nbd"
 	"compsc.io/compsc/e2e/sriov/driver"
 )
 
@@ -43,7 +41,7 @@ type machine struct {
 	t      *testing.T
 	dir    string
 	client *vfiouser.Client
-	gate   net.Conn
+	gate   *nbd.Client
 	ready  chan struct{} // closed once it is set up: the monitor answers then
 	status string
 
@@ -62,12 +60,12 @@ func plugMachine(t *testing.T, dir, status string, memory *os.File) (*machine, e
 	}
 	t.Cleanup(func() { l.Close() })
 	go m.serveMonitor(l)
-	if m.gate, err = dialGate(filepath.Join(dir, gateSocket)); err != nil {
+	if m.gate, err = nbd.Dial(filepath.Join(dir, gateSocket)); err != nil {
 		return nil, err
 	}
 	t.Cleanup(func() { m.gate.Close() })
-	if e := m.read(); e != 0 {
-		return nil, fmt.Errorf("opening the gate's image: errno %d", e)
+	if e := m.gate.Read(); e != 0 {
+		return nil, fmt.Errorf("opening the gate's image: %w", e)
 	}
 	if m.client, err = vfiouser.Dial(t.Context(), filepath.Join(dir, fmt.Sprintf("vf%02x.sock", kubevirt.FirstSlot)), m); err != nil {
 		return nil, err
@@ -208,59 +206,4 @@ func (m *machine) tell(name, status string) {
 	if m.monitor != nil {
 		fmt.Fprintf(m.monitor, "{\"event\":%q,\"data\":{\"status\":%q},\"timestamp\":{\"seconds\":1,\"microseconds\":1}}\n", name, status)
 	}
-}
-
-// dialGate connects to the gate as QEMU's block layer does.
-func dialGate(path string) (net.Conn, error) {
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	be := binary.BigEndian
-	b := be.AppendUint32(nil, 3)
-	b = be.AppendUint64(b, protocol.NEGOTIATION_MAGIC_OPTION)
-	b = be.AppendUint32(b, protocol.NEGOTIATION_ID_OPTION_GO)
-	b = append(be.AppendUint32(b, 6), 0, 0, 0, 0, 0, 0)
-	if _, err = io.CopyN(io.Discard, c, 18); err == nil {
-		_, err = c.Write(b)
-	}
-	for err == nil {
-		var h protocol.NegotiationReplyHeader
-		if err = binary.Read(c, be, &h); err == nil {
-			_, err = io.CopyN(io.Discard, c, int64(h.Length))
-		}
-		if err == nil && h.Type == protocol.NEGOTIATION_TYPE_REPLY_ACK {
-			return c, nil
-		}
-	}
-	c.Close()
-	return nil, err
-}
-
-// ask sends the gate one request and returns the errno of the reply, however
-// long it is held.
-func (m *machine) ask(kind uint16, length uint32) uint32 {
-	h := protocol.TransmissionRequestHeader{RequestMagic: protocol.TRANSMISSION_MAGIC_REQUEST, Type: kind, Handle: 1, Length: length}
-	if binary.Write(m.gate, binary.BigEndian, h) != nil {
-		return uint32(syscall.ESHUTDOWN)
-	}
-	var r protocol.TransmissionReplyHeader
-	if binary.Read(m.gate, binary.BigEndian, &r) != nil {
-		return uint32(syscall.ESHUTDOWN)
-	}
-	if r.Error == 0 {
-		io.CopyN(io.Discard, m.gate, int64(length)) //nolint:errcheck // the next request would fail
-	}
-	return r.Error
-}
-
-func (m *machine) flush() uint32 { return m.ask(3, 0) }
-
-func (m *machine) read() uint32 { return m.ask(protocol.TRANSMISSION_TYPE_REQUEST_READ, 512) }
-
-// held runs a request in the background.
-func held(f func() uint32) <-chan uint32 {
-	c := make(chan uint32, 1)
-	go func() { c <- f() }()
-	return c
 }

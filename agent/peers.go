@@ -78,6 +78,36 @@ func (s *service) migration(ctx context.Context, named *peerpb.Migration, forwar
 	return nil, status.Errorf(codes.Unavailable, "VFMigration %s cannot be read", key)
 }
 
+// deviceCall is a peer's call on its way to the device process of a pod of the
+// migration.
+type deviceCall struct {
+	m      *vfMigration
+	d      *device
+	ctx    context.Context // ends in time
+	cancel context.CancelFunc
+}
+
+// begin finds the migration of a call that takes it forward, and the device
+// process of one of its pods. Whoever began ends.
+func (s *service) begin(ctx context.Context, named *peerpb.Migration, pod func(*vfMigration) *v1alpha1.VFMigrationEndpoint) (*deviceCall, error) {
+	m, err := s.migration(ctx, named, true)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.devices.get(podUID(pod(m)))
+	if err != nil {
+		return nil, err
+	}
+	c := &deviceCall{m: m, d: d}
+	c.ctx, c.cancel = inTime(ctx)
+	return c, nil
+}
+
+func (c *deviceCall) end() {
+	c.cancel()
+	c.d.Close()
+}
+
 // inTime ends a call to the device process a little before the caller gives
 // up, so that the caller hears what was wrong and not just that time passed.
 func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
@@ -102,31 +132,25 @@ func (s *service) misunderstands(ctx context.Context, m *vfMigration, d *device,
 
 // Prepare implements the peer service, at the target.
 func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerpb.PrepareReply, error) {
-	m, err := s.migration(ctx, r.GetMigration(), true)
+	c, err := s.begin(ctx, r.GetMigration(), func(m *vfMigration) *v1alpha1.VFMigrationEndpoint { return m.Status.Target })
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.devices.get(podUID(m.Status.Target))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	call, cancel := inTime(ctx)
-	defer cancel()
-	f, err := s.misunderstands(call, m, d, r.GetProtocols())
+	defer c.end()
+	f, err := s.misunderstands(c.ctx, c.m, c.d, r.GetProtocols())
 	if err != nil {
 		return nil, ofDevice(err)
 	}
 	if f != nil {
 		return &peerpb.PrepareReply{Reason: f.reason, Message: f.Error()}, nil
 	}
-	reply, err := d.PrepareTarget(call, &controlpb.PrepareTargetRequest{MigrationUid: string(m.UID),
-		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(m.Spec.Timeouts.HoldTimeout())})
+	reply, err := c.d.PrepareTarget(c.ctx, &controlpb.PrepareTargetRequest{MigrationUid: string(c.m.UID),
+		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(c.m.Spec.Timeouts.HoldTimeout())})
 	if err != nil {
 		return nil, ofDevice(err)
 	}
 	if reply.GetAccepted() {
-		s.startTarget(m)
+		s.startTarget(c.m)
 	}
 	return &peerpb.PrepareReply{Accepted: reply.GetAccepted(), Reason: reply.GetReason(), Message: reply.GetMessage(), Epochs: reply.GetEpochs()}, nil
 }
@@ -134,20 +158,14 @@ func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerp
 // Deliver implements the peer service, at the target. The worker holds the
 // connection to the device process open.
 func (s *service) Deliver(ctx context.Context, r *peerpb.DeliverRequest) (*peerpb.DeliverReply, error) {
-	m, err := s.migration(ctx, r.GetMigration(), true)
+	c, err := s.begin(ctx, r.GetMigration(), func(m *vfMigration) *v1alpha1.VFMigrationEndpoint { return m.Status.Target })
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.devices.get(podUID(m.Status.Target))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	call, cancel := inTime(ctx)
-	defer cancel()
-	reply, err := d.AcceptState(call, &controlpb.AcceptStateRequest{MigrationUid: string(m.UID), States: r.GetStates(),
+	defer c.end()
+	reply, err := c.d.AcceptState(c.ctx, &controlpb.AcceptStateRequest{MigrationUid: string(c.m.UID), States: r.GetStates(),
 		VmStoppedFor: r.GetVmStoppedFor(), DeviceStoppedFor: r.GetDeviceStoppedFor()})
-	if status.Code(err) == codes.FailedPrecondition && s.delivered(ctx, d, m) {
+	if status.Code(err) == codes.FailedPrecondition && s.delivered(ctx, c.d, c.m) {
 		return &peerpb.DeliverReply{Accepted: true}, nil
 	}
 	if err != nil {
@@ -172,22 +190,16 @@ func (s *service) delivered(ctx context.Context, d *device, m *vfMigration) bool
 
 // Commit implements the peer service, at the source: the point of no return.
 func (s *service) Commit(ctx context.Context, r *peerpb.CommitRequest) (*peerpb.CommitReply, error) {
-	m, err := s.migration(ctx, r.GetMigration(), true)
+	c, err := s.begin(ctx, r.GetMigration(), func(m *vfMigration) *v1alpha1.VFMigrationEndpoint { return m.Status.Source })
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.devices.get(podUID(m.Status.Source))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	call, cancel := inTime(ctx)
-	defer cancel()
-	if _, err := d.Relinquish(call, &controlpb.RelinquishRequest{MigrationUid: string(m.UID)}); err != nil {
+	defer c.end()
+	if _, err := c.d.Relinquish(c.ctx, &controlpb.RelinquishRequest{MigrationUid: string(c.m.UID)}); err != nil {
 		return nil, ofDevice(err)
 	}
 	// Not before the target's VF is to answer, and not after.
-	if err := s.answerAttached(call, d, false); err != nil {
+	if err := s.answerAttached(c.ctx, c.d, false); err != nil {
 		return nil, status.Errorf(codes.Unavailable, "the source's VFs still answer: %s", say(err))
 	}
 	return &peerpb.CommitReply{}, nil

@@ -417,9 +417,9 @@ func (a *agent) undoTarget(ctx context.Context, m *vfMigration) (ctrl.Result, er
 }
 
 // cancelTarget returns nil once the target's VFs are silent for good, and
-// answer to no address of the VM's, and an
-// error with code FailedPrecondition when the VM runs with them. It ends the
-// migration's worker, unless the VM is known to run.
+// answer to no address of the VM's, and an error with code FailedPrecondition
+// when the VM runs with them. It ends the migration's worker, unless the VM is
+// known to run.
 func (a *agent) cancelTarget(ctx context.Context, m *vfMigration, reason string) error {
 	d, err := a.devices.get(podUID(m.Status.Target))
 	if err != nil {

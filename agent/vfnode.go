@@ -99,7 +99,7 @@ func (a *agent) intact(ctx context.Context, generation int64) metav1.Condition {
 	damage, err := a.host.Damage(ctx)
 	switch {
 	case err != nil:
-		c.Status, c.Reason, c.Message = metav1.ConditionUnknown, "InventoryFailed", cut(err.Error(), maxMessage)
+		c.Status, c.Reason, c.Message = metav1.ConditionUnknown, v1alpha1.ReasonInventoryFailed, cut(err.Error(), maxMessage)
 	case len(damage) > 0:
 		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonReconfigured, cut(strings.Join(damage, "; "), maxMessage)
 	}

@@ -17,6 +17,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers/authority"
 )
@@ -133,7 +134,7 @@ func (r *CertificateReconciler) authority(ctx context.Context) (*authority.Autho
 	if err != nil || !a.Certificate().NotAfter.After(r.Clock.Now()) {
 		return nil, authorityRetry, nil // TrustReconciler has told
 	}
-	trusted, err := authority.ParseCertificates([]byte(m.Data[v1alpha1.TrustKey]))
+	trusted, err := certs.Parse([]byte(m.Data[v1alpha1.TrustKey]))
 	if err != nil || !trusted[0].Equal(a.Certificate()) {
 		return nil, time.Second, nil // it is being made known
 	}

@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers/authority"
 )
@@ -169,7 +170,7 @@ func (r *TrustReconciler) publish(ctx context.Context, current *x509.Certificate
 		return time.Time{}, fmt.Errorf("read ConfigMap %s/%s: %w", r.Namespace, v1alpha1.TrustConfigMap, err)
 	}
 	// What is not certificates has been trusted by nobody.
-	old, _ := authority.ParseCertificates([]byte(m.Data[v1alpha1.TrustKey]))
+	old, _ := certs.Parse([]byte(m.Data[v1alpha1.TrustKey]))
 	signs := signsFrom(m)
 	trusted := []*x509.Certificate{current}
 	if len(old) == 0 || !old[0].Equal(current) {
@@ -190,7 +191,7 @@ func (r *TrustReconciler) publish(ctx context.Context, current *x509.Certificate
 	}
 	var text bytes.Buffer
 	for _, c := range trusted {
-		text.Write(authority.EncodeCertificate(c.Raw))
+		text.Write(certs.Encode(c.Raw))
 	}
 	if m.Data[v1alpha1.TrustKey] == text.String() && signsFrom(m).Equal(signs) {
 		return next, nil

@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers/authority"
@@ -67,9 +68,9 @@ func (b *pkiBench) trusted() []*x509.Certificate {
 	b.t.Helper()
 	m := &corev1.ConfigMap{}
 	must(b.t, b.client.Get(b.t.Context(), client.ObjectKey{Namespace: systemNamespace, Name: v1alpha1.TrustConfigMap}, m))
-	certs, err := authority.ParseCertificates([]byte(m.Data[v1alpha1.TrustKey]))
+	parsed, err := certs.Parse([]byte(m.Data[v1alpha1.TrustKey]))
 	must(b.t, err)
-	return certs
+	return parsed
 }
 
 func (b *pkiBench) secret() *corev1.Secret {
@@ -120,12 +121,12 @@ func (b *pkiBench) again(r *certificatesv1.CertificateSigningRequest) time.Durat
 // issuer is which of the trusted authorities signed the request's certificate.
 func (b *pkiBench) issuer(r *certificatesv1.CertificateSigningRequest) int {
 	b.t.Helper()
-	certs, err := authority.ParseCertificates(r.Status.Certificate)
+	parsed, err := certs.Parse(r.Status.Certificate)
 	if err != nil {
 		b.t.Fatalf("%s is not signed: %+v", r.Name, r.Status)
 	}
 	for i, a := range b.trusted() {
-		if certs[0].CheckSignatureFrom(a) == nil {
+		if parsed[0].CheckSignatureFrom(a) == nil {
 			return i
 		}
 	}
@@ -309,10 +310,10 @@ func TestDenials(t *testing.T) {
 		t.Error("it signed what somebody denied")
 	}
 	short, _ := b.ask("short", func(r *certificatesv1.CertificateSigningRequest) { r.Spec.ExpirationSeconds = new(int32(600)) })
-	certs, err := authority.ParseCertificates(short.Status.Certificate)
+	parsed, err := certs.Parse(short.Status.Certificate)
 	must(t, err)
-	if want := t0.Add(10 * time.Minute); !certs[0].NotAfter.Equal(want) {
-		t.Errorf("it ends at %s, want %s", certs[0].NotAfter, want)
+	if want := t0.Add(10 * time.Minute); !parsed[0].NotAfter.Equal(want) {
+		t.Errorf("it ends at %s, want %s", parsed[0].NotAfter, want)
 	}
 }
 

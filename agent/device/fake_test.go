@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -20,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pojntfx/go-nbd/pkg/protocol"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -29,6 +27,7 @@ import (
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/family/ixgbevf"
 	"compsc.io/compsc/agent/vfiouser"
+	"compsc.io/compsc/e2e/nbd"
 )
 
 const (
@@ -54,7 +53,7 @@ type node struct {
 	client *vfiouser.Client
 	ram    []byte
 	memfd  *os.File
-	gate   *nbd
+	gate   *nbd.Client
 	mon    *fakeMonitor
 	irq    []*os.File
 
@@ -153,9 +152,12 @@ func startNode(t *testing.T, role string, epoch uint64, change func(*Options, *h
 func (n *node) startQEMU(status string) {
 	n.t.Helper()
 	n.mon = startMonitor(n.t, filepath.Join(n.dir, MonitorSocket), status, n.configWrite)
-	n.gate = dialNBD(n.t, filepath.Join(n.dir, GateSocket))
-	if e := n.gate.read(); e != 0 {
-		n.t.Fatalf("opening the gate image: errno %d", e)
+	gate, err := nbd.Dial(filepath.Join(n.dir, GateSocket))
+	n.must(err)
+	n.t.Cleanup(func() { gate.Close() })
+	n.gate = gate
+	if e := n.gate.Read(); e != 0 {
+		n.t.Fatalf("opening the gate image: %v", e)
 	}
 	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -391,70 +393,6 @@ func (m *fakeMonitor) event(name, status string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	fmt.Fprintf(m.conn, "{\"event\":%q,\"data\":{\"status\":%q},\"timestamp\":{\"seconds\":1,\"microseconds\":1}}\n", name, status)
-}
-
-// nbd is QEMU's client of the gate.
-type nbd struct {
-	t *testing.T
-	c net.Conn
-}
-
-func dialNBD(t *testing.T, path string) *nbd {
-	t.Helper()
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	be := binary.BigEndian
-	io.CopyN(io.Discard, c, 18) //nolint:errcheck // checked by what follows
-	b := be.AppendUint32(nil, 3)
-	b = be.AppendUint64(b, protocol.NEGOTIATION_MAGIC_OPTION)
-	b = be.AppendUint32(b, protocol.NEGOTIATION_ID_OPTION_GO)
-	b = append(be.AppendUint32(b, 6), 0, 0, 0, 0, 0, 0)
-	if _, err := c.Write(b); err != nil {
-		t.Fatal(err)
-	}
-	for {
-		var h protocol.NegotiationReplyHeader
-		if err := binary.Read(c, be, &h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.CopyN(io.Discard, c, int64(h.Length)); err != nil {
-			t.Fatal(err)
-		}
-		if h.Type == protocol.NEGOTIATION_TYPE_REPLY_ACK {
-			return &nbd{t, c}
-		}
-	}
-}
-
-// do sends one request and returns the errno of the reply, however long the
-// gate holds it.
-func (q *nbd) do(kind uint16, length uint32) uint32 {
-	h := protocol.TransmissionRequestHeader{RequestMagic: protocol.TRANSMISSION_MAGIC_REQUEST, Type: kind, Handle: 1, Length: length}
-	if err := binary.Write(q.c, binary.BigEndian, h); err != nil {
-		return uint32(syscall.ESHUTDOWN)
-	}
-	var r protocol.TransmissionReplyHeader
-	if err := binary.Read(q.c, binary.BigEndian, &r); err != nil {
-		return uint32(syscall.ESHUTDOWN)
-	}
-	if r.Error == 0 {
-		io.CopyN(io.Discard, q.c, int64(length)) //nolint:errcheck // the next request would fail
-	}
-	return r.Error
-}
-
-func (q *nbd) flush() uint32 { return q.do(3, 0) }
-
-func (q *nbd) read() uint32 { return q.do(protocol.TRANSMISSION_TYPE_REQUEST_READ, 512) }
-
-// held runs a request in the background.
-func held(f func() uint32) <-chan uint32 {
-	c := make(chan uint32, 1)
-	go func() { c <- f() }()
-	return c
 }
 
 // Rings and buffers of the guest's driver, in its RAM.

@@ -2,6 +2,7 @@ package device
 
 import (
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -11,6 +12,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/family/ixgbevf"
+	"compsc.io/compsc/e2e/nbd"
 )
 
 // A VF that the kernel asks for is closed at once, with all that the process
@@ -94,7 +96,7 @@ func TestVFIsLost(t *testing.T) {
 		p := newPair(t, nil)
 		p.precopy()
 		p.src.lose()
-		if e := p.src.gate.flush(); e == 0 {
+		if e := p.src.gate.Flush(); e == 0 {
 			t.Error("the switchover was not vetoed")
 		}
 		p.src.wantPhase(pb.Phase_PHASE_RUNNING)
@@ -102,7 +104,7 @@ func TestVFIsLost(t *testing.T) {
 	t.Run("of the captured source", func(t *testing.T) {
 		p := newPair(t, nil)
 		p.precopy()
-		flushed := held(p.src.gate.flush)
+		flushed := nbd.Held(p.src.gate.Flush)
 		p.capture()
 		p.src.lose()
 		_, err := p.src.ctl.ReleaseSource(t.Context(), &pb.ReleaseSourceRequest{MigrationUid: uid, Veto: true, Reason: "test"})
@@ -117,10 +119,10 @@ func TestVFIsLost(t *testing.T) {
 		p.dst.lose()
 		p.dst.wantPhase(pb.Phase_PHASE_CANCELLED)
 	})
-	hold := func(t *testing.T) (*pair, <-chan uint32) {
+	hold := func(t *testing.T) (*pair, <-chan syscall.Errno) {
 		p := newPair(t, nil)
 		p.precopy()
-		flushed := held(p.src.gate.flush)
+		flushed := nbd.Held(p.src.gate.Flush)
 		if a := p.deliver(p.capture()); !a.Accepted {
 			t.Fatal(a.Message)
 		}
@@ -129,7 +131,7 @@ func TestVFIsLost(t *testing.T) {
 		if e := <-flushed; e != 0 {
 			t.Fatalf("errno %d", e)
 		}
-		start := held(p.dst.gate.read)
+		start := nbd.Held(p.dst.gate.Read)
 		p.dst.wantPhase(pb.Phase_PHASE_TARGET_HELD)
 		return p, start
 	}

@@ -19,6 +19,7 @@ import (
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/family/ixgbevf"
+	"compsc.io/compsc/e2e/nbd"
 )
 
 const uid = "11111111-2222-3333-4444-555555555555"
@@ -121,7 +122,7 @@ func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads 
 	p.src.received(1)
 	packets := p.src.rd(ixgbevf.VFGPRC)
 
-	flush := held(p.src.gate.flush)
+	flush := nbd.Held(p.src.gate.Flush)
 	c := p.capture()
 	if again := p.capture(); !bytes.Equal(again.States[0].State, c.States[0].State) {
 		t.Error("a repeated AwaitCapture answers otherwise")
@@ -151,12 +152,12 @@ func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads 
 	if !slices.Equal(marked, want) || r.Pages[0].PagesMarked != uint64(len(want)) {
 		t.Errorf("marked %#x (reported %d), want %#x", marked, r.Pages[0].PagesMarked, want)
 	}
-	if e := p.src.gate.flush(); e != 0 {
+	if e := p.src.gate.Flush(); e != 0 {
 		t.Errorf("QEMU's second flush of the same stop failed with errno %d", e)
 	}
 
 	p.copyRAM()
-	start := held(p.dst.gate.read)
+	start := nbd.Held(p.dst.gate.Read)
 	_, err = p.dst.ctl.AwaitStart(t.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
 	p.dst.must(err)
 	if !p.dst.wireSilent() {
@@ -230,7 +231,7 @@ func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads 
 func TestIdleAfterMove(t *testing.T) {
 	p := newPair(t, nil)
 	p.precopy()
-	flush := held(p.src.gate.flush)
+	flush := nbd.Held(p.src.gate.Flush)
 	if a := p.deliver(p.capture()); !a.Accepted {
 		t.Fatalf("state refused: %s: %s", a.Reason, a.Message)
 	}
@@ -238,7 +239,7 @@ func TestIdleAfterMove(t *testing.T) {
 	p.src.must(err)
 	<-flush
 	p.copyRAM()
-	start := held(p.dst.gate.read)
+	start := nbd.Held(p.dst.gate.Read)
 	_, err = p.dst.ctl.AwaitStart(t.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
 	p.dst.must(err)
 	_, err = p.src.ctl.Relinquish(t.Context(), &pb.RelinquishRequest{MigrationUid: uid})
@@ -276,14 +277,14 @@ func (p *pair) goesOn(slot int, resets uint64) {
 }
 
 func TestWaysBack(t *testing.T) {
-	captured := func(p *pair) (<-chan uint32, *pb.AwaitCaptureReply) {
+	captured := func(p *pair) (<-chan syscall.Errno, *pb.AwaitCaptureReply) {
 		p.precopy()
-		f := held(p.src.gate.flush)
+		f := nbd.Held(p.src.gate.Flush)
 		return f, p.capture()
 	}
-	failed := func(p *pair, c <-chan uint32) {
+	failed := func(p *pair, c <-chan syscall.Errno) {
 		p.Helper()
-		if e := <-c; e != uint32(syscall.EIO) {
+		if e := <-c; e != syscall.EIO {
 			p.Errorf("QEMU's request ended with errno %d, want EIO", e)
 		}
 	}
@@ -347,7 +348,7 @@ func TestWaysBack(t *testing.T) {
 		},
 		"nobody activates the target": func(p *pair) {
 			released(p)
-			failed(p, held(p.dst.gate.read))
+			failed(p, nbd.Held(p.dst.gate.Read))
 			p.dst.wantPhase(pb.Phase_PHASE_CANCELLED)
 			if _, err := p.dst.ctl.Activate(p.Context(), &pb.ActivateRequest{MigrationUid: uid}); status.Code(err) != codes.FailedPrecondition {
 				p.Errorf("Activate after the hold expired: %v", err)
@@ -356,7 +357,7 @@ func TestWaysBack(t *testing.T) {
 		},
 		"target withdrawn after the source relinquished": func(p *pair) {
 			released(p)
-			start := held(p.dst.gate.read)
+			start := nbd.Held(p.dst.gate.Read)
 			_, err := p.dst.ctl.AwaitStart(p.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
 			p.dst.must(err)
 			_, err = p.src.ctl.Relinquish(p.Context(), &pb.RelinquishRequest{MigrationUid: uid})
@@ -371,7 +372,7 @@ func TestWaysBack(t *testing.T) {
 		},
 		"QEMU of the target ends while held": func(p *pair) {
 			released(p)
-			start := held(p.dst.gate.read)
+			start := nbd.Held(p.dst.gate.Read)
 			_, err := p.dst.ctl.AwaitStart(p.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
 			p.dst.must(err)
 			p.dst.client.Close()
@@ -421,7 +422,7 @@ func TestStateIsRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, c.change)
 			p.precopy()
-			f := held(p.src.gate.flush)
+			f := nbd.Held(p.src.gate.Flush)
 			reply := p.capture()
 			if c.spoil != nil {
 				c.spoil(p, reply)
@@ -461,20 +462,20 @@ func TestTargetRefusesBeforehand(t *testing.T) {
 
 func TestUnpreparedMigrationIsVetoed(t *testing.T) {
 	p := newPair(t, nil)
-	if e := p.src.gate.flush(); e != 0 {
+	if e := p.src.gate.Flush(); e != 0 {
 		t.Errorf("a flush without a migration failed with errno %d: a pause would fail", e)
 	}
 	p.src.mon.event("MIGRATION", "active")
-	eventually(t, "veto", func() bool { return p.src.gate.flush() == uint32(syscall.EIO) })
+	eventually(t, "veto", func() bool { return p.src.gate.Flush() == syscall.EIO })
 	p.src.mon.event("MIGRATION", "failed")
-	eventually(t, "passing flush", func() bool { return p.src.gate.flush() == 0 })
+	eventually(t, "passing flush", func() bool { return p.src.gate.Flush() == 0 })
 	p.goesOn(1, 1)
 }
 
 func TestStartWithoutStateIsRefused(t *testing.T) {
 	p := newPair(t, nil)
 	p.precopy()
-	if e := p.dst.gate.read(); e != uint32(syscall.EIO) {
+	if e := p.dst.gate.Read(); e != syscall.EIO {
 		t.Errorf("QEMU may start without its VFs' state: errno %d, want EIO", e)
 	}
 }

@@ -6,6 +6,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/family/ixgbevf"
+	"compsc.io/compsc/e2e/nbd"
 )
 
 // TestStoppedVFAnswersInTime: a VM that runs while its VF is given up (its
@@ -15,7 +16,7 @@ import (
 func TestStoppedVFAnswersInTime(t *testing.T) {
 	p := newPair(t, nil)
 	p.precopy()
-	flushed := held(p.src.gate.flush)
+	flushed := nbd.Held(p.src.gate.Flush)
 	p.deliver(p.capture())
 	_, err := p.src.ctl.ReleaseSource(t.Context(), &pb.ReleaseSourceRequest{MigrationUid: uid})
 	p.src.must(err)

@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"time"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/agent/spiffe"
 )
 
@@ -58,17 +59,17 @@ func New(now time.Time, lifetime time.Duration) (cert, key []byte, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("key of the authority: %w", err)
 	}
-	return EncodeCertificate(der), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), nil
+	return certs.Encode(der), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), nil
 }
 
 // Parse reads a CA and its key from PEM; of several certificates the first
 // counts. It refuses what cannot sign.
 func Parse(cert, key []byte) (*Authority, error) {
-	certs, err := ParseCertificates(cert)
+	list, err := certs.Parse(cert)
 	if err != nil {
 		return nil, fmt.Errorf("certificate of the authority: %w", err)
 	}
-	c := certs[0]
+	c := list[0]
 	if !c.BasicConstraintsValid || !c.IsCA || c.KeyUsage != 0 && c.KeyUsage&x509.KeyUsageCertSign == 0 {
 		return nil, fmt.Errorf("certificate of %q may not sign certificates: it must be that of an authority", c.Subject)
 	}
@@ -140,7 +141,7 @@ func (a *Authority) Sign(r *x509.CertificateRequest, node string, now time.Time,
 	if err != nil {
 		return nil, fmt.Errorf("certificate of node %s: %w", node, err)
 	}
-	return EncodeCertificate(der), nil
+	return certs.Encode(der), nil
 }
 
 // ParseRequest reads a PEM certificate request and refuses one that is not
@@ -174,36 +175,6 @@ func ParseRequest(text []byte, node string) (*x509.CertificateRequest, error) {
 		return nil, fmt.Errorf("the request is for the agent of node %s, and comes from node %s", got, node)
 	}
 	return r, nil
-}
-
-// ParseCertificates reads at least one certificate of PEM text; it refuses
-// anything else in it.
-func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
-	if len(text) > maxPEM {
-		return nil, fmt.Errorf("it has %d bytes, at most %d", len(text), maxPEM)
-	}
-	var certs []*x509.Certificate
-	for rest := bytes.TrimSpace(text); len(rest) > 0; rest = bytes.TrimSpace(rest) {
-		var block *pem.Block
-		block, rest = pem.Decode(rest)
-		if block == nil || block.Type != "CERTIFICATE" {
-			return nil, errors.New("it is not a sequence of PEM certificates")
-		}
-		c, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, err
-		}
-		certs = append(certs, c)
-	}
-	if len(certs) == 0 {
-		return nil, errors.New("it holds no certificate")
-	}
-	return certs, nil
-}
-
-// EncodeCertificate returns a certificate in DER as PEM.
-func EncodeCertificate(der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
 func serial() (*big.Int, error) {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/agent/spiffe"
 )
 
@@ -65,7 +66,7 @@ func TestSign(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := ParseCertificates(text)
+		got, err := certs.Parse(text)
 		if err != nil || len(got) != 1 {
 			t.Fatal(got, err)
 		}
@@ -108,7 +109,7 @@ func TestBadRequests(t *testing.T) {
 		says string
 	}{
 		"nothing":           {nil, "not one PEM block"},
-		"a certificate":     {EncodeCertificate([]byte{1}), "not one PEM block"},
+		"a certificate":     {certs.Encode([]byte{1}), "not one PEM block"},
 		"two":               {append(bytes.Clone(good), good...), "not one PEM block"},
 		"too long":          {append(bytes.Clone(good), make([]byte, maxPEM)...), "at most"},
 		"not ASN.1":         {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: []byte{1, 2}}), "asn1"},

@@ -31,6 +31,7 @@ import (
 	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // forbidden fails unless the API server refused the call and said the text.
@@ -87,7 +88,7 @@ func (w *world) agentBoundaries(t *testing.T) {
 	empty := `{"status":{"peerAddress":"198.18.0.1:1"}}`
 	node := func(name string) client.Object { return &v1alpha1.VFNode{ObjectMeta: metav1.ObjectMeta{Name: name}} }
 	// The API server begins to enforce a policy some time after it is there.
-	check(t, harness.Until(ctx, "the policy to be in force", func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "the policy to be in force", func(ctx context.Context) (bool, error) {
 		return apierrors.IsForbidden(touchStatus(t, a, node(harness.NodeB), empty)), nil
 	}))
 	check(t, touchStatus(t, a, node(harness.NodeA), empty))
@@ -156,7 +157,7 @@ func (w *world) ask(t *testing.T, c client.Client, text []byte) *certificatesv1.
 		SignerName: v1alpha1.CertificateSigner, Request: text,
 		Usages: []certificatesv1.KeyUsage{certificatesv1.UsageDigitalSignature, certificatesv1.UsageClientAuth, certificatesv1.UsageServerAuth}}}
 	check(t, c.Create(ctx, r))
-	check(t, harness.Until(ctx, "an answer", func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "an answer", func(ctx context.Context) (bool, error) {
 		err := w.h.Client().Get(ctx, client.ObjectKeyFromObject(r), r)
 		return len(r.Status.Certificate) > 0 || len(r.Status.Conditions) > 0 && r.Status.Conditions[0].Type == certificatesv1.CertificateDenied, err
 	}))

@@ -20,11 +20,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/certs"
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/agent/peer/peerpb"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers/authority"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // trusted returns the authorities that the agents are told to trust.
@@ -32,9 +34,9 @@ func (w *world) trusted(t *testing.T, ctx context.Context) []*x509.Certificate {
 	t.Helper()
 	m := &corev1.ConfigMap{}
 	check(t, w.h.Client().Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.TrustConfigMap}, m))
-	certs, err := authority.ParseCertificates([]byte(m.Data[v1alpha1.TrustKey]))
+	parsed, err := certs.Parse([]byte(m.Data[v1alpha1.TrustKey]))
 	check(t, err)
-	return certs
+	return parsed
 }
 
 // used returns the certificate that the node's agent proves itself with.
@@ -60,7 +62,7 @@ func (w *world) rotation(t *testing.T) {
 		old[n] = w.used(t, n)
 	}
 	check(t, w.h.Client().Delete(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: v1alpha1.AuthoritySecret}}))
-	check(t, harness.Until(ctx, "new certificates of both nodes", func(context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "new certificates of both nodes", func(context.Context) (bool, error) {
 		trusted := w.trusted(t, ctx)
 		for _, n := range nodes {
 			c := w.used(t, n)
@@ -142,7 +144,7 @@ func (w *world) badCertificates(t *testing.T) {
 		if err == nil || status.Code(err) == codes.PermissionDenied {
 			t.Errorf("%s: got as far as %v", what, err)
 		}
-		check(t, harness.Until(ctx, what+": a line in the log of node b's agent", func(context.Context) (bool, error) {
+		check(t, wait.Until(ctx, what+": a line in the log of node b's agent", func(context.Context) (bool, error) {
 			for line := range bytes.Lines([]byte(w.h.Agent(harness.NodeB).Tail(1 << 20))) {
 				if bytes.Contains(line, []byte("connection of an agent refused")) && bytes.Contains(line, []byte(test.says)) {
 					return true, nil
@@ -150,7 +152,7 @@ func (w *world) badCertificates(t *testing.T) {
 			}
 			return false, nil
 		}))
-		check(t, harness.Until(ctx, what+": an event of VFNode b", func(ctx context.Context) (bool, error) {
+		check(t, wait.Until(ctx, what+": an event of VFNode b", func(ctx context.Context) (bool, error) {
 			list := &eventsv1.EventList{}
 			if err := w.h.Client().List(ctx, list); err != nil {
 				return false, err

@@ -24,6 +24,7 @@ import (
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/lab"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // overlap is how long a new authority is known before it signs, in the tests.
@@ -201,7 +202,7 @@ func (w *world) upgrade(t *testing.T) {
 		w.replaceAgent(t, ctx, node)
 	}
 	for _, name := range []string{harness.NodeA, harness.NodeB} {
-		check(t, harness.Until(ctx, "the CRD's new field in VFNode "+name, func(ctx context.Context) (bool, error) {
+		check(t, wait.Until(ctx, "the CRD's new field in VFNode "+name, func(ctx context.Context) (bool, error) {
 			n := &v1alpha1.VFNode{}
 			err := w.h.Client().Get(ctx, client.ObjectKey{Name: name}, n)
 			return n.Status.AgentVersion != "", err
@@ -246,7 +247,7 @@ func (w *world) replaceAgent(t *testing.T, ctx context.Context, node string) {
 // awaitReady waits until the node's agent says that it serves migrations.
 func (w *world) awaitReady(t *testing.T, ctx context.Context, node string) {
 	t.Helper()
-	check(t, harness.Until(ctx, "VFNode "+node+" to be ready", func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "VFNode "+node+" to be ready", func(ctx context.Context) (bool, error) {
 		n := &v1alpha1.VFNode{}
 		if err := w.h.Client().Get(ctx, client.ObjectKey{Name: node}, n); err != nil {
 			return false, client.IgnoreNotFound(err)
@@ -268,7 +269,7 @@ func (w *world) rollingUpdate(t *testing.T) {
 		}
 		p, err := w.h.EndAgent(node)
 		check(t, err)
-		check(t, harness.Until(ctx, "VFNode "+node+" to say that its agent ends", func(ctx context.Context) (bool, error) {
+		check(t, wait.Until(ctx, "VFNode "+node+" to say that its agent ends", func(ctx context.Context) (bool, error) {
 			n := &v1alpha1.VFNode{}
 			err := w.h.Client().Get(ctx, client.ObjectKey{Name: node}, n)
 			c := meta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionReady)

@@ -13,6 +13,7 @@ import (
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/stream"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // rig is a guest under traffic, and what it is to be like.
@@ -121,7 +122,7 @@ func (r *rig) flow(ctx context.Context) error {
 	first := map[string]uint64{}
 	for _, s := range r.streams {
 		from := s.Stats().Received
-		if err := harness.Until(ctx, "the "+s.name+" stream to move on", func(ctx context.Context) (bool, error) {
+		if err := wait.Until(ctx, "the "+s.name+" stream to move on", func(ctx context.Context) (bool, error) {
 			st := s.Stats()
 			if !st.Intact || st.Error != "" {
 				return false, fmt.Errorf("it broke: %+v", st)

@@ -22,9 +22,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/e2e/guest/proto"
-	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/lab"
 	"compsc.io/compsc/e2e/stream"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -99,7 +99,7 @@ func (r *rig) verifyFrames(ctx context.Context) error {
 func (r *rig) sentinel(ctx context.Context) (seen map[uint64]uint64, err error) {
 	token := r.token
 	r.token++
-	err = harness.Until(ctx, "a frame to arrive", func(ctx context.Context) (bool, error) {
+	err = wait.Until(ctx, "a frame to arrive", func(ctx context.Context) (bool, error) {
 		if err := r.trunk.send(newFrame(guestMAC, token)); err != nil {
 			return false, err
 		}
@@ -170,7 +170,7 @@ func bigPing(ctx context.Context, l *lab.Lab, size int) error {
 		return err
 	}
 	buf := make([]byte, 64<<10)
-	return harness.Until(ctx, fmt.Sprintf("a ping with %d bytes to be answered", size), func(context.Context) (bool, error) {
+	return wait.Until(ctx, fmt.Sprintf("a ping with %d bytes to be answered", size), func(context.Context) (bool, error) {
 		if _, err := conn.WriteTo(request, &net.IPAddr{IP: l.GuestIP().Addr().AsSlice()}); err != nil {
 			return false, err
 		}
@@ -215,7 +215,7 @@ func (r *rig) verifyQueues(ctx context.Context) error {
 	if len(queues) != int(r.cores) {
 		return fmt.Errorf("the guest has receive queues %q, want %d", queues, r.cores)
 	}
-	return harness.Until(ctx, fmt.Sprintf("packets in each of %q", queues), func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, fmt.Sprintf("packets in each of %q", queues), func(ctx context.Context) (bool, error) {
 		if err := spread(r.h.Lab); err != nil {
 			return false, err
 		}

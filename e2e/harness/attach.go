@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/e2e/guest/proto"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // Attach speaks to the Linux guest of a VM that was not made by Boot, once its
@@ -20,7 +21,7 @@ func (h *Harness) Attach(ctx context.Context, name string, ip netip.Addr) (*VM, 
 	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
 	var last error
-	err := Until(ctx, "the guest of VMI "+name+" to have a link", func(ctx context.Context) (bool, error) {
+	err := wait.Until(ctx, "the guest of VMI "+name+" to have a link", func(ctx context.Context) (bool, error) {
 		// Until the guest has opened its port it echoes.
 		last = vm.Call(ctx, func(ctx context.Context, c *proto.Client) error {
 			_, err := c.WaitUp(ctx, 1)

@@ -30,6 +30,7 @@ import (
 	"compsc.io/compsc/e2e/lab"
 	"compsc.io/compsc/e2e/pki"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -44,9 +45,8 @@ const (
 	// VFsPerNode is how many VFs each node's one PF has.
 	VFsPerNode = 2
 
-	peerPort   = "9443"
-	stopGrace  = 10 * time.Second
-	pollPeriod = 50 * time.Millisecond
+	peerPort  = "9443"
+	stopGrace = 10 * time.Second
 )
 
 // Options of a Harness.
@@ -296,28 +296,6 @@ func (h *Harness) kill(name string) {
 	}
 }
 
-// Until waits until ok returns true, an error, or ctx ends.
-func Until(ctx context.Context, what string, ok func(context.Context) (bool, error)) error {
-	t := time.NewTicker(pollPeriod)
-	defer t.Stop()
-	for {
-		done, err := ok(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return fmt.Errorf("timed out waiting for %s: %w", what, errors.Join(err, context.Cause(ctx)))
-		case err != nil:
-			return fmt.Errorf("waiting for %s: %w", what, err)
-		case done:
-			return nil
-		}
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return fmt.Errorf("timed out waiting for %s: %w", what, context.Cause(ctx))
-		}
-	}
-}
-
 // FreeVFs counts the node's VFs that nobody holds, and all of them.
 func (h *Harness) FreeVFs(ctx context.Context, node string) (free, all int, err error) {
 	n := &v1alpha1.VFNode{}
@@ -339,7 +317,7 @@ func (h *Harness) FreeVFs(ctx context.Context, node string) (free, all int, err 
 func (h *Harness) AwaitInventory(ctx context.Context, node string, vfs int) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	return Until(ctx, "the inventory of node "+node, func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, "the inventory of node "+node, func(ctx context.Context) (bool, error) {
 		if p := h.Agent(node); p != nil {
 			select {
 			case <-p.Done():
@@ -356,7 +334,7 @@ func (h *Harness) AwaitInventory(ctx context.Context, node string, vfs int) erro
 func (h *Harness) AwaitFreeVFs(ctx context.Context, node string, want int) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	return Until(ctx, fmt.Sprintf("%d free VFs on node %s", want, node), func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, fmt.Sprintf("%d free VFs on node %s", want, node), func(ctx context.Context) (bool, error) {
 		free, _, err := h.FreeVFs(ctx, node)
 		return free == want, err
 	})
@@ -389,7 +367,7 @@ func (h *Harness) createVM(ctx context.Context, name, mac string, ip netip.Prefi
 	if err := h.Client().Create(ctx, v); err != nil {
 		return fmt.Errorf("VMI %s: %w", name, err)
 	}
-	return Until(ctx, "VMI "+name+" to run", func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, "VMI "+name+" to run", func(ctx context.Context) (bool, error) {
 		if err := h.Client().Get(ctx, client.ObjectKeyFromObject(v), v); err != nil {
 			return false, err
 		}
@@ -406,7 +384,7 @@ func (h *Harness) DeleteVM(ctx context.Context, name string) error {
 	if err := h.Client().Delete(ctx, v); err != nil {
 		return fmt.Errorf("VMI %s: %w", name, err)
 	}
-	return Until(ctx, "VMI "+name+" to be gone", func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, "VMI "+name+" to be gone", func(ctx context.Context) (bool, error) {
 		err := h.Client().Get(ctx, client.ObjectKeyFromObject(v), v)
 		return err != nil && client.IgnoreNotFound(err) == nil, client.IgnoreNotFound(err)
 	})
@@ -450,7 +428,7 @@ func (h *Harness) SetNodeSchedulable(ctx context.Context, node string, ok bool) 
 // AwaitAgentLease waits until the lease of the node's agent is valid, or is
 // not any more.
 func (h *Harness) AwaitAgentLease(ctx context.Context, node string, valid bool) error {
-	return Until(ctx, fmt.Sprintf("the lease of node %s's agent to be valid: %v", node, valid), func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, fmt.Sprintf("the lease of node %s's agent to be valid: %v", node, valid), func(ctx context.Context) (bool, error) {
 		l := &coordinationv1.Lease{}
 		if err := h.Client().Get(ctx, client.ObjectKey{Namespace: v1alpha1.SystemNamespace, Name: "agent-" + node}, l); err != nil {
 			return false, err

@@ -14,6 +14,7 @@ import (
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/standin"
 	"compsc.io/compsc/e2e/traffic"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -78,7 +79,7 @@ func Ended(m *v1alpha1.VFMigration) bool {
 // AwaitMigration waits until ok is true of the VFMigration.
 func (h *Harness) AwaitMigration(ctx context.Context, m *v1alpha1.VFMigration, what string, seen func(*v1alpha1.VFMigration), ok func(*v1alpha1.VFMigration) bool) error {
 	key, version := client.ObjectKeyFromObject(m), ""
-	err := Until(ctx, "VFMigration "+m.Name+" "+what, func(ctx context.Context) (bool, error) {
+	err := wait.Until(ctx, "VFMigration "+m.Name+" "+what, func(ctx context.Context) (bool, error) {
 		if err := h.Client().Get(ctx, key, m); err != nil {
 			return false, err
 		}

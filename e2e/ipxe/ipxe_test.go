@@ -29,6 +29,7 @@ import (
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -164,7 +165,7 @@ func (l *lab) until(what string, ok func(context.Context) (bool, error)) {
 	ctx, cancel := context.WithTimeout(l.ctx, stepBound)
 	defer cancel()
 	polls := 0
-	l.must(harness.Until(ctx, what, func(ctx context.Context) (bool, error) {
+	l.must(wait.Until(ctx, what, func(ctx context.Context) (bool, error) {
 		done, err := ok(ctx)
 		// The API server is asked now and then only: its client would make
 		// this wait, and say so instead of what was waited for.

@@ -11,6 +11,8 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"compsc.io/compsc/e2e/wait"
 )
 
 // Apply makes the objects of a YAML stream what it says. Edit, if set, may
@@ -42,7 +44,7 @@ func (c *Cluster) Apply(ctx context.Context, manifest []byte, edit func(*unstruc
 // ApplyObject is Apply for one object.
 func (c *Cluster) ApplyObject(ctx context.Context, u *unstructured.Unstructured) error {
 	var last error
-	err := poll(ctx, fmt.Sprintf("the API of %s", u.GroupVersionKind()), func(ctx context.Context) (bool, error) {
+	err := wait.Until(ctx, fmt.Sprintf("the API of %s", u.GroupVersionKind()), func(ctx context.Context) (bool, error) {
 		last = c.Client.Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner("e2e"), client.ForceOwnership)
 		if meta.IsNoMatchError(last) {
 			return false, nil
@@ -58,7 +60,7 @@ func (c *Cluster) ApplyObject(ctx context.Context, u *unstructured.Unstructured)
 // Until waits until ok returns true, an error, or ctx ends. It fails as well
 // if one of the cluster's processes ends.
 func (c *Cluster) Until(ctx context.Context, what string, ok func(context.Context) (bool, error)) error {
-	return poll(ctx, what, func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, what, func(ctx context.Context) (bool, error) {
 		if err := c.ended(); err != nil {
 			return false, err
 		}

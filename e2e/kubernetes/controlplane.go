@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 
 	"compsc.io/compsc/e2e/lab"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -81,7 +82,7 @@ func (c *Cluster) awaitAPI(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, apiTimeout, errors.New("the API server took too long"))
 	defer cancel()
 	var last error
-	err := poll(ctx, "the API server", func(ctx context.Context) (bool, error) {
+	err := wait.Until(ctx, "the API server", func(ctx context.Context) (bool, error) {
 		if err := c.ended(); err != nil {
 			return false, err
 		}

@@ -29,6 +29,7 @@ import (
 
 	"compsc.io/compsc/e2e/cluster"
 	"compsc.io/compsc/e2e/lab"
+	"compsc.io/compsc/e2e/wait"
 )
 
 const (
@@ -42,7 +43,6 @@ const (
 	apiTimeout  = 3 * time.Minute
 	nodeTimeout = 5 * time.Minute
 	stopGrace   = 10 * time.Second
-	pollPeriod  = 100 * time.Millisecond
 )
 
 // Options say what to run.
@@ -177,7 +177,7 @@ func (c *Cluster) routePods() error {
 func (c *Cluster) awaitNodes(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, nodeTimeout, errors.New("the nodes took too long"))
 	defer cancel()
-	return poll(ctx, "the nodes to be ready", func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, "the nodes to be ready", func(ctx context.Context) (bool, error) {
 		if err := c.ended(); err != nil {
 			return false, err
 		}
@@ -214,28 +214,6 @@ func (c *Cluster) ended() error {
 		}
 	}
 	return nil
-}
-
-// poll waits until ok returns true, an error, or ctx ends.
-func poll(ctx context.Context, what string, ok func(context.Context) (bool, error)) error {
-	t := time.NewTicker(pollPeriod)
-	defer t.Stop()
-	for {
-		done, err := ok(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return fmt.Errorf("timed out waiting for %s: %w", what, errors.Join(err, context.Cause(ctx)))
-		case err != nil:
-			return fmt.Errorf("waiting for %s: %w", what, err)
-		case done:
-			return nil
-		}
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return fmt.Errorf("timed out waiting for %s: %w", what, context.Cause(ctx))
-		}
-	}
 }
 
 // LogDir is where the programs of the control plane log.

@@ -17,6 +17,7 @@ import (
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // evacuate creates what KubeVirt's evacuation controller creates for a drained
@@ -31,7 +32,7 @@ func evacuate(ctx context.Context, m *v1alpha1.VFMigration) error {
 	if err := h.Client().Create(ctx, k); err != nil {
 		return err
 	}
-	return harness.Until(ctx, "VirtualMachineInstanceMigration "+k.Name+" to be adopted", func(ctx context.Context) (bool, error) {
+	return wait.Until(ctx, "VirtualMachineInstanceMigration "+k.Name+" to be adopted", func(ctx context.Context) (bool, error) {
 		var list v1alpha1.VFMigrationList
 		err := h.Client().List(ctx, &list, client.InNamespace(harness.Namespace), client.MatchingLabels{kubevirt.LabelMigrationUID: string(k.UID)})
 		if err != nil || len(list.Items) != 1 {

@@ -19,6 +19,7 @@ import (
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 func vmKey() client.ObjectKey {
@@ -72,7 +73,7 @@ func TestLibvirtVeto(t *testing.T) {
 		before := m.DeepCopy()
 		m.Spec.Abort = true
 		check(t, h.Client().Patch(ctx, m, client.MergeFrom(before)))
-		check(t, harness.Until(ctx, "the target to be cancelled", func(ctx context.Context) (bool, error) {
+		check(t, wait.Until(ctx, "the target to be cancelled", func(ctx context.Context) (bool, error) {
 			phase, err := h.StandIn.DevicePhase(ctx, m.Status.Target.PodUID)
 			return phase == controlpb.Phase_PHASE_CANCELLED, err
 		}))
@@ -170,7 +171,7 @@ func TestDeviceRestart(t *testing.T) {
 		t.Fatalf("%d connections at the gate: %v", n, err)
 	}
 	check(t, h.StandIn.RestartSidecar(uid))
-	check(t, harness.Until(ctx, "the new device process to have the VF", func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "the new device process to have the VF", func(ctx context.Context) (bool, error) {
 		st, err := h.StandIn.DeviceStatus(ctx, key)
 		if err != nil {
 			return false, nil // it starts
@@ -183,7 +184,7 @@ func TestDeviceRestart(t *testing.T) {
 			t.Fatalf("virsh %s: %v, %s", command, err, out)
 		}
 	}
-	check(t, harness.Until(ctx, "QEMU to connect to the gate again", func(context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "QEMU to connect to the gate again", func(context.Context) (bool, error) {
 		n, err := h.StandIn.GateConnections(uid)
 		return n == 1, err
 	}))

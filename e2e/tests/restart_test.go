@@ -9,6 +9,7 @@ import (
 
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // moved fails unless the migration ends well.
@@ -54,7 +55,7 @@ func TestAPIServerAway(t *testing.T) {
 			release()
 			// The traffic must not depend on it, either.
 			away := vm.Pinger.Mark() + int(8*time.Second/(10*time.Millisecond))
-			err := harness.Until(ctx, "some seconds without an API server", func(context.Context) (bool, error) {
+			err := wait.Until(ctx, "some seconds without an API server", func(context.Context) (bool, error) {
 				return vm.Pinger.Mark() >= away, nil
 			})
 			check(t, h.Cluster.SetAway(false))

@@ -14,6 +14,7 @@ import (
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 func isTrue(condition string) func(*v1alpha1.VFMigration) bool {
@@ -79,7 +80,7 @@ func (s stage) bring(t *testing.T, ctx context.Context) (m *v1alpha1.VFMigration
 // says.
 func reach(t *testing.T, ctx context.Context, m *v1alpha1.VFMigration, what string, reached func(context.Context, *v1alpha1.VFMigration) (bool, error)) {
 	t.Helper()
-	check(t, harness.Until(ctx, "VFMigration "+m.Name+" to be "+what, func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "VFMigration "+m.Name+" to be "+what, func(ctx context.Context) (bool, error) {
 		if err := h.Client().Get(ctx, client.ObjectKeyFromObject(m), m); err != nil {
 			return false, err
 		}
@@ -111,7 +112,7 @@ func (s stage) letGo(t *testing.T, ctx context.Context, m *v1alpha1.VFMigration,
 	if s.hold != standin.BeforeFinish {
 		return
 	}
-	check(t, harness.Until(ctx, "the undoing of "+m.Name, func(ctx context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "the undoing of "+m.Name, func(ctx context.Context) (bool, error) {
 		x := m.DeepCopy()
 		err := h.Client().Get(ctx, client.ObjectKeyFromObject(m), x)
 		return isTrue(v1alpha1.ConditionRolledBack)(x), err
@@ -144,7 +145,7 @@ func TestDelete(t *testing.T) {
 			m, release := s.bring(t, ctx)
 			check(t, h.Client().Delete(ctx, m))
 			s.letGo(t, ctx, m, release)
-			check(t, harness.Until(ctx, "VFMigration "+m.Name+" to be gone", func(ctx context.Context) (bool, error) {
+			check(t, wait.Until(ctx, "VFMigration "+m.Name+" to be gone", func(ctx context.Context) (bool, error) {
 				err := h.Client().Get(ctx, client.ObjectKeyFromObject(m), m)
 				return apierrors.IsNotFound(err), client.IgnoreNotFound(err)
 			}))

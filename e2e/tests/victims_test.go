@@ -19,6 +19,7 @@ import (
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
+	"compsc.io/compsc/e2e/wait"
 )
 
 // place is a moment of a migration at which something is killed. The source's
@@ -45,7 +46,7 @@ func halt(t *testing.T, ctx context.Context, source string) {
 	signalAgent(t, source, unix.SIGSTOP)
 	t.Cleanup(func() { signalAgent(t, source, unix.SIGCONT) })
 	pid := h.Agent(source).PID()
-	check(t, harness.Until(ctx, "the source's agent to stand still", func(context.Context) (bool, error) {
+	check(t, wait.Until(ctx, "the source's agent to stand still", func(context.Context) (bool, error) {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 		if err != nil {
 			return false, err
@@ -100,7 +101,7 @@ var places = []place{
 		reach(t, ctx, m, "loaded", loaded)
 		halt(t, ctx, source)
 		release()
-		check(t, harness.Until(ctx, "QEMU to wait in the target's gate", func(ctx context.Context) (bool, error) {
+		check(t, wait.Until(ctx, "QEMU to wait in the target's gate", func(ctx context.Context) (bool, error) {
 			phase, err := h.StandIn.DevicePhase(ctx, m.Status.Target.PodUID)
 			return phase == controlpb.Phase_PHASE_TARGET_HELD, err
 		}))

@@ -32,12 +32,13 @@ type rule struct {
 // rules are the project's layers, from the top down.
 var rules = []rule{
 	{"", []string{"api/...", "controllers/...", "agent/..."}}, // main
-	{"controllers", []string{"api/...", "agent/kubevirt/...", "agent/protocol", "controllers/authority"}},
+	{"controllers", []string{"api/...", "agent/certs", "agent/kubevirt/...", "agent/protocol", "controllers/authority"}},
 	{"controllers/kubectl", []string{"api/...", "controllers", "agent/kubevirt/..."}},
-	{"controllers/authority", []string{"agent/spiffe"}},
-	{"agent", []string{"api/...", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol", "agent/spiffe"}},
+	{"controllers/authority", []string{"agent/certs", "agent/spiffe"}},
+	{"agent", []string{"api/...", "agent/certs", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol", "agent/spiffe"}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb", "agent/spiffe"}},
 	{"agent/spiffe", nil},
+	{"agent/certs", nil},
 	{"agent/host/...", []string{"agent/host/...", "agent/vfio"}},
 	{"agent/kubevirt/domain", nil},
 	{"agent/kubevirt/nodehook/hookpb", nil},
