@@ -192,8 +192,10 @@ func TestModelCoalescing(t *testing.T) {
 		if err := source.Scrub(ctx); err != nil {
 			t.Fatal(err)
 		}
-		if relayed := report.HeadsStrategy != compsc.HeadsWriteVerify; relayed != (hop%2 == 0) {
-			t.Fatalf("hop %d: heads by %s", hop, report.HeadsStrategy)
+		// A head that cannot be written may be where it is to be by chance.
+		fixed := hop%2 == 0 && state.Queues[0].Head != 0
+		if relayed := report.HeadsStrategy != compsc.HeadsWriteVerify; relayed != fixed {
+			t.Fatalf("hop %d: heads by %s, head %d", hop, report.HeadsStrategy, state.Queues[0].Head)
 		}
 		if n := g.m.Stats().RXHeld; n != 0 {
 			t.Errorf("hop %d: %d descriptors are held on the target", hop, n)
