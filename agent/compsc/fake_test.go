@@ -56,6 +56,7 @@ type fakeVF struct {
 	refuse         map[uint32]bool // message ids the PF refuses
 	replyAfter     int             // ticks until a reply
 	mute           bool            // the PF never replies
+	lateResets     bool            // the PF finds a reset only after the first message
 	talkOver       func() overTalk // asked at each request what becomes of it; nil for nothing
 	fixedHeads     bool            // heads cannot be written
 	zeroHeads      bool            // heads take only 0
@@ -66,6 +67,8 @@ type fakeVF struct {
 	linkDown       bool            // nothing is transmitted
 	resetsCounters bool            // a reset clears the counters
 	gone           bool
+	resetUnseen    bool // by the PF
+	deaf           bool // the PF leaves all but RESET unanswered
 	reply          []uint32
 	replyIn        int
 	writes         []uint32          // offsets written, in order
@@ -263,6 +266,7 @@ func (d *fakeVF) reset() {
 		}
 	}
 	d.reply = nil
+	d.resetUnseen = d.lateResets
 	d.regs[ixgbevf.VFMAILBOX] = ixgbevf.MailboxRSTD
 }
 
@@ -289,6 +293,9 @@ func (d *fakeVF) writeMailbox(value uint32) {
 	if d.talkOver != nil {
 		talk = d.talkOver()
 	}
+	if d.deaf && request[0]&ixgbevf.MsgIDMask != ixgbevf.MsgReset {
+		return
+	}
 	if talk == overwrites {
 		d.answer(request)
 	}
@@ -300,6 +307,9 @@ func (d *fakeVF) writeMailbox(value uint32) {
 	}
 	d.regs[ixgbevf.VFMAILBOX] |= ixgbevf.MailboxPFACK
 	d.reply, d.replyIn = d.answer(request), d.replyAfter
+	if d.deaf = d.resetUnseen; d.deaf {
+		d.pf, d.resetUnseen = pfState{}, false
+	}
 	if d.replyIn == 0 {
 		d.deliver()
 	}

@@ -128,7 +128,22 @@ func (v *VF) lockMailbox(ctx context.Context) error {
 	})
 }
 
-// exchange sends a message in the guest's place and returns the PF's reply.
+// ask sends a message in the guest's place and returns the PF's reply. A RESET
+// goes twice. The PF's drivers first look whether a VF was reset, and then for
+// its messages (igb_msg_task, ixgbe_msg_task): one that was just about to do the
+// latter, called by another VF, takes the RESET, finds the reset later, and
+// from then on leaves the VF's messages unanswered. It has found it by the
+// time it takes the second RESET.
+func (v *VF) ask(ctx context.Context, request []uint32) ([]uint32, error) {
+	if len(request) > 0 && request[0]&v.box.IDMask == v.box.Reset {
+		if _, err := v.exchange(ctx, request); err != nil {
+			return nil, err
+		}
+	}
+	return v.exchange(ctx, request)
+}
+
+// exchange sends a message and returns the PF's reply.
 // A message that the PF sends unasked meanwhile is acknowledged and dropped: it
 // tells the driver to look at the link, which it does on the kick that follows
 // the restore. But it ends the wait with errUnanswered, for writing it the PF
@@ -199,7 +214,7 @@ func (v *VF) replayOnce(ctx context.Context, messages []family.Message) (int, er
 			}
 			continue
 		}
-		reply, err := v.exchange(ctx, m.Words)
+		reply, err := v.ask(ctx, m.Words)
 		if err != nil {
 			return i, fmt.Errorf("replay of %s: %w", m.Name, err)
 		}

@@ -74,7 +74,7 @@ func (v *VF) askAll(ctx context.Context) (replies [][]uint32, err error) {
 	err = v.talk(ctx, func() error {
 		replies = nil
 		for _, request := range v.f.Probe() {
-			reply, err := v.exchange(ctx, request)
+			reply, err := v.ask(ctx, request)
 			if err != nil {
 				return fmt.Errorf("message %#x: %w", request[0], err)
 			}

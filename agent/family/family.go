@@ -250,6 +250,8 @@ type Mailbox struct {
 	// IDMask selects the message id in word 0. A reply has the request's id
 	// and at least one bit of Replied.
 	IDMask, Replied uint32
+	// Reset is the id of the message with which a VF tells that it was reset.
+	Reset uint32
 }
 
 // Family is everything static about one family of VFs. Implementations are

@@ -119,7 +119,7 @@ func (f *Family) Mailbox() family.Mailbox {
 		Req: MailboxREQ, Ack: MailboxACK, VFU: MailboxVFU, PFU: MailboxPFU,
 		PFSts: MailboxPFSTS, PFAck: MailboxPFACK, RstI: MailboxRSTI, RstD: MailboxRSTD,
 		ReadClear: MailboxReadClear,
-		IDMask:    MsgIDMask, Replied: MsgACK | MsgNACK,
+		IDMask:    MsgIDMask, Replied: MsgACK | MsgNACK, Reset: MsgReset,
 	}
 }
 
