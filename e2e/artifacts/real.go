@@ -22,6 +22,8 @@ type Real struct {
 	Images []string
 	// KubeVirt and Multus are the manifests that install them.
 	KubeVirt, Multus string
+	// Helm is the program, Chart the repository's chart.
+	Helm, Chart string
 }
 
 // FindReal returns the artefacts' places, or says which are missing. It heeds
@@ -42,9 +44,11 @@ func FindReal() (Real, error) {
 		NodeTree:     filepath.Join(cache, "kubevirt-node"),
 		KubeVirt:     filepath.Join(cache, "kubevirt", "operator.yaml"),
 		Multus:       filepath.Join(cache, "multus", "daemonset.yaml"),
+		Helm:         or(os.Getenv("COMPSC_HELM"), filepath.Join(cache, "helm", "helm")),
+		Chart:        filepath.Join(root, "charts", "compsc"),
 	}
 	var missing []error
-	for _, p := range []*string{&r.ControlPlane, &r.Programs, &r.NodeTree, &r.KubeVirt, &r.Multus} {
+	for _, p := range []*string{&r.ControlPlane, &r.Programs, &r.NodeTree, &r.KubeVirt, &r.Multus, &r.Helm, &r.Chart} {
 		if *p, err = filepath.Abs(*p); err == nil {
 			*p, err = filepath.EvalSymlinks(*p)
 		}

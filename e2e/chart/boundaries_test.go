@@ -31,6 +31,7 @@ import (
 	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/helm"
 	"compsc.io/compsc/e2e/wait"
 )
 
@@ -53,7 +54,7 @@ func (w *world) managerRights(t *testing.T) {
 	c := client.NewDryRunClient(w.manager(t))
 	check(t, c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.AuthoritySecret}, &corev1.Secret{}))
 	forbidden(t, "list secrets", c.List(ctx, &corev1.SecretList{}, client.InNamespace(namespace)), "secrets")
-	forbidden(t, "read Helm's secret", c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: "sh.helm.release.v1." + release + ".v1"}, &corev1.Secret{}), "secrets")
+	forbidden(t, "read Helm's secret", c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: "sh.helm.release.v1." + helm.Release + ".v1"}, &corev1.Secret{}), "secrets")
 	forbidden(t, "list secrets of VMs", c.List(ctx, &corev1.SecretList{}, client.InNamespace(harness.Namespace)), "secrets")
 	forbidden(t, "create a pod", c.Create(ctx, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "p"},
 		Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "c", Image: "i"}}}}), "pods")

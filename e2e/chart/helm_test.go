@@ -3,14 +3,9 @@
 package chart
 
 import (
-	"bytes"
-	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -18,10 +13,8 @@ import (
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 
 	"compsc.io/compsc/e2e/artifacts"
+	"compsc.io/compsc/e2e/helm"
 )
-
-// release is the name of the chart's release in the tests.
-const release = "compsc"
 
 // set finds what the tests run.
 func set(t *testing.T) artifacts.Set {
@@ -41,18 +34,10 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// run runs a program and returns what it prints; its error has what it says.
-func run(ctx context.Context, dir, program string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, program, args...)
-	// Nothing of the user's is read, nothing is left behind.
-	cmd.Env = []string{"HOME=" + dir, "PATH=" + os.Getenv("PATH"),
-		"HELM_CACHE_HOME=" + dir + "/cache", "HELM_CONFIG_HOME=" + dir + "/config", "HELM_DATA_HOME=" + dir + "/data"}
-	var out, say bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &say
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", filepath.Base(program), strings.Join(args, " "), err, strings.TrimSpace(say.String()))
-	}
-	return out.String(), nil
+// runHelm runs Helm without a cluster.
+func runHelm(t *testing.T, s artifacts.Set, args ...string) (string, error) {
+	t.Helper()
+	return helm.Helm{Program: s.Helm, Home: t.TempDir()}.Run(t.Context(), args...)
 }
 
 // values are flags that set values of the chart.
@@ -67,7 +52,7 @@ func values(v ...string) []string {
 // render returns the objects of the chart, as they would be installed.
 func render(t *testing.T, s artifacts.Set, namespace string, args ...string) []*unstructured.Unstructured {
 	t.Helper()
-	out, err := run(t.Context(), t.TempDir(), s.Helm, append([]string{"template", release, s.Chart, "--namespace", namespace, "--kube-version", "1.37.0"}, args...)...)
+	out, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart, "--namespace", namespace, "--kube-version", "1.37.0"}, args...)...)
 	check(t, err)
 	return objects(t, out)
 }

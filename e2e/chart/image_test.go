@@ -81,8 +81,9 @@ func unpack(t *testing.T, archive, root string) []string {
 	check(t, err)
 	check(t, json.Unmarshal(b, &manifest))
 	for _, layer := range manifest[0].Layers {
-		_, err := run(t.Context(), dir, "tar", "-C", root, "-xpf", blobs[layer])
-		check(t, err)
+		if out, err := exec.CommandContext(t.Context(), "tar", "-C", root, "-xpf", blobs[layer]).CombinedOutput(); err != nil {
+			t.Fatalf("layer %s: %v: %s", layer, err, out)
+		}
 	}
 	var config struct{ Config struct{ Entrypoint []string } }
 	b, err = os.ReadFile(blobs[manifest[0].Config])

@@ -22,6 +22,7 @@ import (
 
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/helm"
 	"compsc.io/compsc/e2e/lab"
 	"compsc.io/compsc/e2e/standin"
 	"compsc.io/compsc/e2e/wait"
@@ -53,7 +54,7 @@ func TestInstallation(t *testing.T) {
 		Progress:  func(what string) { fmt.Fprintln(os.Stderr, what) },
 		Install: func(ctx context.Context, h *harness.Harness) (harness.Installation, error) {
 			w.h = h
-			_, err := w.helm(ctx, append([]string{"install", release, previous(t, s.Chart), "--create-namespace"}, w.values()...)...)
+			_, err := w.helm(ctx, append([]string{"install", helm.Release, previous(t, s.Chart), "--create-namespace"}, w.values()...)...)
 			return w.installation, err
 		},
 	})
@@ -179,11 +180,11 @@ func (w *world) upgrade(t *testing.T) {
 		t.Fatalf("the previous version's CRD has the new field: %q", node.Status.AgentVersion)
 	}
 	// There, back, and there again: with the values that it was installed with.
-	upgrade := []string{"upgrade", release, w.set.Chart, "--reset-then-reuse-values"}
+	upgrade := []string{"upgrade", helm.Release, w.set.Chart, "--reset-then-reuse-values"}
 	_, err := w.helm(ctx, upgrade...)
 	check(t, err)
 	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy))
-	_, err = w.helm(ctx, "rollback", release, "1")
+	_, err = w.helm(ctx, "rollback", helm.Release, "1")
 	check(t, err)
 	if err := w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy); !apierrors.IsNotFound(err) {
 		t.Errorf("rolled back, the new version's policy is left: %v", err)
@@ -296,7 +297,7 @@ func (w *world) uninstall(t *testing.T) {
 	ctx := within(t, 2*time.Minute)
 	before := &v1alpha1.VFMigrationList{}
 	check(t, w.h.Client().List(ctx, before))
-	_, err := w.helm(ctx, "uninstall", release)
+	_, err := w.helm(ctx, "uninstall", helm.Release)
 	check(t, err)
 	for _, o := range []client.Object{&appsv1.Deployment{}, &appsv1.DaemonSet{}, &rbacv1.ClusterRole{}, &rbacv1.ClusterRoleBinding{},
 		&admissionregistrationv1.ValidatingAdmissionPolicy{}} {
@@ -327,6 +328,6 @@ func (w *world) uninstall(t *testing.T) {
 	_, err = w.vm.CheckUndisturbed(ctx)
 	check(t, err)
 	// It can be installed again over what is kept.
-	_, err = w.helm(ctx, append([]string{"install", release, w.set.Chart, "--dry-run=server"}, w.values()...)...)
+	_, err = w.helm(ctx, append([]string{"install", helm.Release, w.set.Chart, "--dry-run=server"}, w.values()...)...)
 	check(t, err)
 }

@@ -26,6 +26,7 @@ import (
 	"compsc.io/compsc/e2e/artifacts"
 	"compsc.io/compsc/e2e/cluster"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/helm"
 )
 
 // namespace is where the chart is installed.
@@ -50,7 +51,8 @@ func newInstallation(t *testing.T, s artifacts.Set) *installation {
 
 // helm runs Helm with all rights.
 func (i *installation) helm(ctx context.Context, args ...string) (string, error) {
-	return run(ctx, i.dir, i.set.Helm, append(args, "--kubeconfig", i.h.Cluster.AdminKubeconfig, "--namespace", namespace)...)
+	h := helm.Helm{Program: i.set.Helm, Home: i.dir, Kubeconfig: i.h.Cluster.AdminKubeconfig}
+	return h.Run(ctx, append(args, "--namespace", namespace)...)
 }
 
 // Manager implements harness.Installation.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,12 +15,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
+
+	"compsc.io/compsc/e2e/helm"
 )
 
 // TestLint: Helm finds nothing to say about the chart.
 func TestLint(t *testing.T) {
 	s := set(t)
-	out, err := run(t.Context(), t.TempDir(), s.Helm, "lint", "--strict", s.Chart)
+	out, err := runHelm(t, s, "lint", "--strict", s.Chart)
 	if err != nil || strings.Contains(out, "[WARNING]") || strings.Contains(out, "[ERROR]") {
 		t.Errorf("%v\n%s", err, out)
 	}
@@ -37,9 +40,9 @@ func TestChartIsTheKustomization(t *testing.T) {
 		{"kubevirt/plugin", values("kubevirt.plugin.enabled=true")},
 	} {
 		t.Run(test.dir, func(t *testing.T) {
-			out, err := run(t.Context(), t.TempDir(), filepath.Join(s.ControlPlane, "kubectl"), "kustomize", filepath.Join(s.Config, test.dir))
+			out, err := exec.CommandContext(t.Context(), filepath.Join(s.ControlPlane, "kubectl"), "kustomize", filepath.Join(s.Config, test.dir)).Output()
 			check(t, err)
-			want := byKey(t, objects(t, out))
+			want := byKey(t, objects(t, string(out)))
 			chart := byKey(t, render(t, s, "compsc-system", test.values...))
 			base := byKey(t, render(t, s, "compsc-system"))
 			got := map[string]*unstructured.Unstructured{}
@@ -226,7 +229,7 @@ func TestSchema(t *testing.T) {
 	s := set(t)
 	for _, v := range []string{"replicas=3", "manager.replicas=0", "manager.replica=2", "agent.peerPort=70000", "agent.drainTimeout=soon", "logLevel=loud",
 		"certificates.authority=none", "image.digest=latest", "agent.podsDir=relative", "kubevirt.plugin=true", "networkPolicy.apiServerPorts={}"} {
-		if _, err := run(t.Context(), t.TempDir(), s.Helm, append([]string{"template", release, s.Chart}, values(v)...)...); err == nil {
+		if _, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart}, values(v)...)...); err == nil {
 			t.Errorf("%s is taken", v)
 		}
 	}
@@ -271,7 +274,7 @@ func compare(t *testing.T, path string, values, schema, definitions map[string]a
 func TestNotes(t *testing.T) {
 	s := set(t)
 	for keep, want := range map[string]string{"true": "leaves the CRDs", "false": "deletes the CRDs"} {
-		out, err := run(t.Context(), t.TempDir(), s.Helm, append([]string{"install", release, s.Chart, "--namespace", "elsewhere", "--dry-run=client"},
+		out, err := runHelm(t, s, append([]string{"install", helm.Release, s.Chart, "--namespace", "elsewhere", "--dry-run=client"},
 			values("crds.keep="+keep, "image.repository=r.example/c")...)...)
 		check(t, err)
 		for _, w := range []string{"kubectl -n elsewhere rollout status", "kubectl get vfnodes", `"sidecarImage":"r.example/c:`, want} {

@@ -207,7 +207,8 @@ func toUnstructured(o client.Object) (*unstructured.Unstructured, error) {
 	return u, nil
 }
 
-// awaitRollout waits until all pods of a workload are ready.
+// awaitRollout waits until all pods of a workload are ready, and none is of an
+// earlier version.
 func (s *Stack) awaitRollout(ctx context.Context, o client.Object) error {
 	key := client.ObjectKeyFromObject(o)
 	return s.Kube.Until(ctx, "the pods of "+key.String(), func(ctx context.Context) (bool, error) {
@@ -216,9 +217,11 @@ func (s *Stack) awaitRollout(ctx context.Context, o client.Object) error {
 		}
 		switch w := o.(type) {
 		case *appsv1.Deployment:
-			return w.Status.ObservedGeneration == w.Generation && w.Status.ReadyReplicas == *w.Spec.Replicas, nil
+			return w.Status.ObservedGeneration == w.Generation && w.Status.UpdatedReplicas == *w.Spec.Replicas &&
+				w.Status.Replicas == *w.Spec.Replicas && w.Status.ReadyReplicas == *w.Spec.Replicas, nil
 		case *appsv1.DaemonSet:
 			return w.Status.ObservedGeneration == w.Generation && w.Status.DesiredNumberScheduled > 0 &&
+				w.Status.UpdatedNumberScheduled == w.Status.DesiredNumberScheduled &&
 				w.Status.NumberReady == w.Status.DesiredNumberScheduled, nil
 		default:
 			return false, fmt.Errorf("%T is not a workload", o)

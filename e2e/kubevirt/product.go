@@ -18,17 +18,42 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/helm"
 )
 
 const (
 	// image is this project's, as hack/image names it for e2e/kubevirt.
-	image = "localhost/compsc:e2e"
+	repository, tag = "localhost/compsc", "e2e"
+	image           = repository + ":" + tag
 	// resourceName is what VFs are announced as, in the sample network and in
 	// deploy/deviceplugin.yaml.
 	resourceName = "intel.com/intel_82599_vf"
 
 	productTimeout = 5 * time.Minute
 )
+
+// values are the chart's: our image, all that KubeVirt 1.8 has a use for, and
+// nodes with modelled VFs.
+var values = []string{
+	"--set", "image.repository=" + repository + ",image.tag=" + tag,
+	"--set", "kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
+	"--set-json", `agent.extraArgs=["--model-pf=name=pf0,vfs=2,bridge=br0"]`,
+}
+
+// Helm runs Helm on the product's namespace.
+func (s *Stack) Helm(ctx context.Context, args ...string) error {
+	h := helm.Helm{Program: s.o.Artifacts.Helm, Home: filepath.Join(s.Lab.Dir, "helm"), Kubeconfig: s.Kube.Kubeconfig}
+	_, err := h.Run(ctx, append(args, "--namespace", v1alpha1.SystemNamespace)...)
+	return err
+}
+
+// AwaitProduct waits until the product's pods are ready, and those of its
+// newest version.
+func (s *Stack) AwaitProduct(ctx context.Context) error {
+	return errors.Join(
+		s.awaitRollout(ctx, &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: v1alpha1.SystemNamespace, Name: "compsc-manager"}}),
+		s.awaitRollout(ctx, &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: v1alpha1.SystemNamespace, Name: "compsc-agent"}}))
+}
 
 // installMultus applies Multus' own manifest.
 func (s *Stack) installMultus(ctx context.Context) error {
@@ -42,8 +67,9 @@ func (s *Stack) installMultus(ctx context.Context) error {
 	return nil
 }
 
-// installProduct installs this project by its manifests and waits until it
-// works: pods ready, VFs announced to the kubelet and in the nodes' inventories.
+// installProduct installs this project with Helm, as the README says, and waits
+// until it works: pods ready, VFs announced to the kubelet and in the nodes'
+// inventories.
 func (s *Stack) installProduct(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, productTimeout, errors.New("it took too long"))
 	defer cancel()
@@ -53,22 +79,25 @@ func (s *Stack) installProduct(ctx context.Context) error {
 	}
 	root := s.o.Artifacts.Repository
 	for _, args := range [][]string{
-		{"-k", filepath.Join(root, "e2e", "kubevirt", "deploy")},
-		{"-f", filepath.Join(root, "config", "samples", "kubevirt", "network-attachment-definition.yaml")},
+		{"create", "namespace", v1alpha1.SystemNamespace},
+		{"label", "namespace", v1alpha1.SystemNamespace, "pod-security.kubernetes.io/enforce=privileged"},
+		{"apply", "--server-side", "-f", filepath.Join(root, "e2e", "kubevirt", "deploy", "deviceplugin.yaml")},
+		{"apply", "--server-side", "-f", filepath.Join(root, "config", "samples", "kubevirt", "network-attachment-definition.yaml")},
 	} {
-		if _, err := s.Kubectl(ctx, "", append([]string{"apply", "--server-side"}, args...)...); err != nil {
+		if _, err := s.Kubectl(ctx, "", args...); err != nil {
 			return err
 		}
 	}
-	for _, o := range []client.Object{
-		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: "kube-multus-ds"}},
-		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: "sriov-device-plugin-standin"}},
-		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: v1alpha1.SystemNamespace, Name: "compsc-manager"}},
-		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: v1alpha1.SystemNamespace, Name: "compsc-agent"}},
-	} {
-		if err := s.awaitRollout(ctx, o); err != nil {
+	if err := s.Helm(ctx, append([]string{"install", helm.Release, s.o.Artifacts.Chart}, values...)...); err != nil {
+		return err
+	}
+	for _, name := range []string{"kube-multus-ds", "sriov-device-plugin-standin"} {
+		if err := s.awaitRollout(ctx, &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: name}}); err != nil {
 			return err
 		}
+	}
+	if err := s.AwaitProduct(ctx); err != nil {
+		return err
 	}
 	return s.Kube.Until(ctx, "VFs on every node", func(ctx context.Context) (bool, error) {
 		for name := range s.Lab.Nodes {
