@@ -1,9 +1,12 @@
 package vfiouser
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,6 +14,11 @@ import (
 // inboxSize is how many bytes are read ahead: some 1,800 posted register writes,
 // more than a socket holds. A larger message has the buffer grow to its size.
 const inboxSize = 64 << 10
+
+// messageTimeout bounds the arrival of one message, from its first bytes to its
+// last: a peer that sends no more within it loses its connection, which nobody
+// else could have meanwhile.
+const messageTimeout = 10 * time.Second
 
 // message is one received message. The body is valid until the next is read.
 type message struct {
@@ -50,10 +58,18 @@ type inbox struct {
 	// passed on yet.
 	fds    []int
 	fdsEnd int
+
+	messageTimeout time.Duration
+	// messageBy is when the message of which a part is here must be complete;
+	// zero before anybody waited for the rest.
+	messageBy time.Time
+	// greetBy is when the peer must have negotiated a version; zero if it has, or
+	// need not. Set by the owner.
+	greetBy time.Time
 }
 
 func newInbox(s *socket) inbox {
-	return inbox{sock: s, buf: make([]byte, inboxSize), oob: make([]byte, unix.CmsgSpace(4*maxFDs))}
+	return inbox{sock: s, buf: make([]byte, inboxSize), oob: make([]byte, unix.CmsgSpace(4*maxFDs)), messageTimeout: messageTimeout}
 }
 
 // next returns the next message, which is valid until the next call; io.EOF only
@@ -72,6 +88,7 @@ func (b *inbox) next() (*message, error) {
 					b.msg.fds, b.fds = b.fds, nil
 				}
 				b.start += need
+				b.messageBy = time.Time{}
 				return &b.msg, nil
 			}
 		}
@@ -90,7 +107,7 @@ func (b *inbox) fill(need int) error {
 	if need > len(b.buf) {
 		b.buf = append(b.buf, make([]byte, need-len(b.buf))...)
 	}
-	n, oobn, flags, err := b.sock.recv(b.buf[b.end:], b.oob)
+	n, oobn, flags, err := b.sock.recv(b.buf[b.end:], b.oob, b.deadline())
 	b.end += max(n, 0)
 	if oobn > 0 {
 		if e := b.addFDs(b.oob[:oobn]); err == nil {
@@ -98,6 +115,10 @@ func (b *inbox) fill(need int) error {
 		}
 	}
 	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) && !b.greetBy.IsZero():
+		return fmt.Errorf("%w: no version was negotiated in time: %w", ErrProtocol, err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%w: of a message only %d bytes came within %v: %w", ErrProtocol, b.end, b.messageTimeout, err)
 	case err != nil:
 		return err
 	case flags&unix.MSG_CTRUNC != 0:
@@ -108,6 +129,18 @@ func (b *inbox) fill(need int) error {
 		return io.EOF
 	}
 	return nil
+}
+
+// deadline returns until when more bytes must come. Between two messages of a
+// peer that has negotiated there is none, and no time is looked up.
+func (b *inbox) deadline() time.Time {
+	if b.end > b.start && b.messageBy.IsZero() {
+		b.messageBy = time.Now().Add(b.messageTimeout)
+	}
+	if !b.greetBy.IsZero() {
+		return b.greetBy
+	}
+	return b.messageBy
 }
 
 // addFDs takes the descriptors out of control data.

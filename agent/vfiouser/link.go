@@ -70,10 +70,13 @@ func (l *link) run(handle func(*message) error) error {
 	for {
 		m, err := l.in.next()
 		if err == nil {
-			if m.isReply() {
-				l.deliver(m)
-			} else {
+			switch {
+			case !m.isReply():
 				err = handle(m)
+			case !l.in.greetBy.IsZero(): // would be a way to have the connection, and not negotiate
+				err = fmt.Errorf("%w: a reply came before VERSION", ErrProtocol)
+			default:
+				l.deliver(m)
 			}
 			m.closeFDs()
 		}

@@ -21,6 +21,9 @@ const (
 	// takeOverWait is how long a new client is kept waiting for the session of
 	// one that has just gone away to end, before it is refused.
 	takeOverWait = time.Second
+	// greetTimeout is how long a client may take to negotiate a version, from when
+	// its session begins. QEMU sends VERSION as soon as it has connected.
+	greetTimeout = 10 * time.Second
 )
 
 // Options configures a Server. The zero value is usable.
@@ -45,7 +48,7 @@ type Server struct {
 	busy chan struct{} // holds one element while a session lives
 	cur  atomic.Pointer[session]
 
-	takeOverWait time.Duration
+	takeOverWait, greetTimeout, messageTimeout time.Duration
 }
 
 // Listen creates the socket at path, in place of one that an earlier process
@@ -83,7 +86,7 @@ func Listen(path string, dev Device, o Options) (*Server, error) {
 		dev: dev, opts: o, ln: ln,
 		log:          log.With("socket", path),
 		busy:         make(chan struct{}, 1),
-		takeOverWait: takeOverWait,
+		takeOverWait: takeOverWait, greetTimeout: greetTimeout, messageTimeout: messageTimeout,
 	}, nil
 }
 
@@ -96,8 +99,9 @@ func (s *Server) Close() error {
 }
 
 // Serve accepts clients and serves them, one at a time, until ctx ends; a
-// further one is refused by closing its connection. What goes wrong in a session
-// ends that session only. Serve returns nil when ctx ended, after the last
+// further one is refused by closing its connection. A client that does not
+// negotiate a version, or stops within a message, is sent away after ten seconds.
+// What goes wrong in a session ends that session only. Serve returns nil when ctx ended, after the last
 // Device callback, else the error of the listener. The socket is then gone.
 func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)

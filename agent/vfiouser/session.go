@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 )
 
 // session is one client's connection. Its fields belong to the goroutine that
@@ -21,6 +22,7 @@ type session struct {
 
 func newSession(s *Server, l *link) *session {
 	ss := &session{srv: s, link: l}
+	l.in.messageTimeout, l.in.greetBy = s.messageTimeout, time.Now().Add(s.greetTimeout)
 	info := s.dev.Info()
 	for _, r := range info.Regions {
 		if r.Index < numRegions {
@@ -50,6 +52,7 @@ func (s *session) handle(m *message) error {
 			return fmt.Errorf("version negotiation: %w", err)
 		}
 		s.connected = true
+		s.link.in.greetBy = time.Time{}
 		s.srv.log.Info("vfio-user: client connected")
 		s.srv.cur.Store(s)
 		s.srv.dev.Connected()

@@ -30,7 +30,8 @@ type socket struct {
 	doRecv, doSend func(fd uintptr) bool
 	doPoll         func(fd uintptr) bool
 	pollFor        time.Duration
-	spin           spin // of doRecv
+	recvBy         time.Time // the deadline of doRecv; zero means that it waits for ever
+	spin           spin      // of doRecv
 }
 
 // transfer is one call of recvmsg or sendmsg.
@@ -44,6 +45,23 @@ type transfer struct {
 func (t *transfer) recvmsg(fd, flags int) bool {
 	t.n, t.oobn, t.flags, _, t.err = unix.Recvmsg(fd, t.p, t.oob, unix.MSG_CMSG_CLOEXEC|flags)
 	return t.err != unix.EINTR && t.err != unix.EAGAIN
+}
+
+// recvBy receives until the deadline. What came before it is received, however
+// late this process looks.
+func (t *transfer) recvBy(fd int, deadline time.Time) {
+	for !t.recvmsg(fd, unix.MSG_DONTWAIT) {
+		left := time.Until(deadline)
+		if left <= 0 {
+			t.err = os.ErrDeadlineExceeded
+			return
+		}
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if err != nil && err != unix.EINTR {
+			t.err = err
+			return
+		}
+	}
 }
 
 // newSocket takes ownership of c, also on error.
@@ -78,6 +96,10 @@ func newSocket(c *net.UnixConn) (*socket, error) {
 	}
 	s.spin = newSpin()
 	s.doRecv = func(fd uintptr) bool {
+		if !s.recvBy.IsZero() {
+			s.in.recvBy(int(fd), s.recvBy)
+			return true
+		}
 		if s.spin.try() {
 			found := false
 			for until := time.Now().Add(spinWindow); !found && time.Now().Before(until); {
@@ -103,12 +125,13 @@ func newSocket(c *net.UnixConn) (*socket, error) {
 	return s, nil
 }
 
-// recv waits for bytes. It returns how many came, and how many bytes of control
-// data with them; 0 bytes mean that the peer has closed the connection. It fails
-// with os.ErrClosed when it was closed here. Descriptors that do not fit into oob
-// are closed by the kernel, and flags has MSG_CTRUNC.
-func (s *socket) recv(p, oob []byte) (n, oobn, flags int, err error) {
-	s.in = transfer{p: p, oob: oob}
+// recv waits for bytes, until the deadline if that is not zero: it then fails
+// with os.ErrDeadlineExceeded. It returns how many came, and how many bytes of
+// control data with them; 0 bytes mean that the peer has closed the connection.
+// It fails with os.ErrClosed when it was closed here. Descriptors that do not fit
+// into oob are closed by the kernel, and flags has MSG_CTRUNC.
+func (s *socket) recv(p, oob []byte, deadline time.Time) (n, oobn, flags int, err error) {
+	s.in, s.recvBy = transfer{p: p, oob: oob}, deadline
 	if err := s.raw.Read(s.doRecv); err != nil {
 		return 0, 0, 0, err
 	}
