@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // ClientMemory answers the accesses to guest memory that the server makes
@@ -144,6 +147,66 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 		info.IRQs = append(info.IRQs, IRQ{Index: i, Flags: le.Uint32(r[4:]), Count: le.Uint32(r[12:])})
 	}
 	return info, nil
+}
+
+// RegionMap asks what parts of a region the client may map, as QEMU does; nil for
+// none. The caller closes the file.
+func (c *Client) RegionMap(ctx context.Context, region uint32) (*RegionMap, error) {
+	r, err := c.query(ctx, cmdGetRegionInfo, regionInfoSize, region)
+	if err != nil {
+		return nil, err
+	}
+	size := le.Uint32(r)
+	if le.Uint32(r[4:])&regionFlagMap == 0 || size > maxMessage {
+		return nil, nil
+	}
+	b := make([]byte, regionInfoSize)
+	putUint32s(b, size, 0, region)
+	got := c.link.ask(ctx, cmdGetRegionInfo, b)
+	if got.err != nil {
+		return nil, got.err
+	}
+	m, err := parseRegionMap(got.body)
+	if err == nil && len(got.files) != 1 {
+		err = fmt.Errorf("%w: region %d can be mapped, and %d descriptors came for that", ErrProtocol, region, len(got.files))
+	}
+	if err != nil {
+		got.closeFiles()
+		return nil, err
+	}
+	m.File = got.files[0]
+	return m, nil
+}
+
+// parseRegionMap reads a description of a region that can be mapped in parts.
+func parseRegionMap(b []byte) (*RegionMap, error) {
+	const least = regionInfoSize + sparseSize
+	if len(b) < least || le.Uint32(b[4:])&regionFlagCaps == 0 || le.Uint32(b[12:]) != regionInfoSize || le.Uint16(b[regionInfoSize:]) != capSparse {
+		return nil, fmt.Errorf("%w: the description of a region does not tell which parts can be mapped", ErrProtocol)
+	}
+	n := le.Uint32(b[regionInfoSize+8:])
+	if uint64(len(b)-least) != uint64(n)*areaSize {
+		return nil, fmt.Errorf("%w: %d areas of a region in %d bytes", ErrProtocol, n, len(b)-least)
+	}
+	m := &RegionMap{Offset: le.Uint64(b[24:])}
+	for at := least; at < len(b); at += areaSize {
+		m.Areas = append(m.Areas, Area{le.Uint64(b[at:]), le.Uint64(b[at+8:])})
+	}
+	return m, nil
+}
+
+// Map maps an area; the caller unmaps it.
+func (m *RegionMap) Map(a Area) ([]byte, error) {
+	c, err := m.File.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var mem []byte
+	var merr error
+	err = c.Control(func(fd uintptr) {
+		mem, merr = unix.Mmap(int(fd), int64(m.Offset+a.Offset), int(a.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	})
+	return mem, errors.Join(err, merr)
 }
 
 func (c *Client) query(ctx context.Context, cmd uint16, size int, index uint32) ([]byte, error) {

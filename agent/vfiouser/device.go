@@ -33,8 +33,8 @@ const (
 	IRQIndexRequest uint32 = 4
 )
 
-// Flags of a region (VFIO_REGION_INFO_FLAG_*). Mapping a region into the client
-// is not supported, which also makes QEMU send its writes as posted messages.
+// Flags of a region (VFIO_REGION_INFO_FLAG_*). That it can be mapped is told by
+// Region.Map.
 const (
 	RegionReadable uint32 = 1 << 0
 	RegionWritable uint32 = 1 << 1
@@ -53,7 +53,26 @@ type Region struct {
 	Index uint32 // 0 to 8, see the Region* constants
 	Size  uint64 // bytes
 	Flags uint32 // RegionReadable, RegionWritable
+	// Map lets the client map parts of the region; nil for none. QEMU waits for
+	// the answer to each write to a device with such a region, for a mapped
+	// access could overtake a posted one.
+	Map *RegionMap
 }
+
+// RegionMap is how a client reaches parts of a region by itself. All else of the
+// region comes to the Device as ever.
+type RegionMap struct {
+	// File is passed to the client, which can then do with it what the file
+	// allows. In a Device's Info it stays the Device's.
+	File *os.File
+	// Offset is where the region begins in File.
+	Offset uint64
+	// Areas of the region that the client maps, of whole pages, in ascending order.
+	Areas []Area
+}
+
+// Area is a part of a region.
+type Area struct{ Offset, Size uint64 }
 
 // IRQ describes one interrupt type of a device.
 type IRQ struct {

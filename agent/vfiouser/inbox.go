@@ -166,8 +166,9 @@ func (b *inbox) addFDs(oob []byte) error {
 	return nil
 }
 
-// fdCommands are the commands that may come with descriptors.
-var fdCommands = []uint16{cmdDMAMap, cmdSetIRQs}
+// fdCommands are the commands that may come with descriptors, themselves or
+// their replies.
+var fdCommands = []uint16{cmdDMAMap, cmdSetIRQs, cmdGetRegionInfo}
 
 // ownsFDs tells whether the message at start, which is there as a whole, is the
 // one that fds came with. A read goes on over what was sent without descriptors,

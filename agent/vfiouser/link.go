@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -44,6 +45,14 @@ type link struct {
 type reply struct {
 	body []byte
 	err  error
+	// files are descriptors that came with it.
+	files []*os.File
+}
+
+func (r *reply) closeFiles() {
+	for _, f := range r.files {
+		f.Close()
+	}
 }
 
 // newLink takes ownership of c, also on error.
@@ -124,41 +133,50 @@ func (l *link) send(h header, body []byte, fds ...int) error {
 	return nil
 }
 
-// reply answers the command h: with body, or with err if that is not nil.
-func (l *link) reply(h header, body []byte, err error) error {
+// reply answers the command h: with body and descriptors, which stay the
+// caller's, or with err if that is not nil.
+func (l *link) reply(h header, body []byte, err error, fds ...int) error {
 	r := header{id: h.id, cmd: h.cmd, flags: flagReply}
 	if err != nil {
 		r.flags |= flagError
 		r.errno = uint32(errnoOf(err))
 		body = nil
 	}
-	return l.send(r, body)
+	return l.send(r, body, fds...)
 }
 
 // request sends a command and waits for its reply's body. The descriptors stay
 // the caller's. An error reply is returned as an error that wraps its number.
 func (l *link) request(ctx context.Context, cmd uint16, body []byte, fds ...int) ([]byte, error) {
+	r := l.ask(ctx, cmd, body, fds...)
+	r.closeFiles()
+	return r.body, r.err
+}
+
+// ask is request for a reply that may come with descriptors.
+func (l *link) ask(ctx context.Context, cmd uint16, body []byte, fds ...int) reply {
 	ch := make(chan reply, 1)
 	id, err := l.register(ch)
 	if err != nil {
-		return nil, err
+		return reply{err: err}
 	}
-	defer l.forget(id)
 	if err := l.send(header{id: id, cmd: cmd}, body, fds...); err != nil {
-		return nil, err
+		l.forget(id, ch)
+		return reply{err: err}
 	}
 	select {
 	case r := <-ch:
-		return r.body, r.err
+		return r
 	case <-l.done:
 		select {
 		case r := <-ch: // the peer answered, and then closed the connection
-			return r.body, r.err
+			return r
 		default:
-			return nil, ErrNotConnected
+			return reply{err: ErrNotConnected}
 		}
 	case <-ctx.Done():
-		return nil, fmt.Errorf("vfio-user: waiting for the reply to command %d: %w", cmd, context.Cause(ctx))
+		l.forget(id, ch)
+		return reply{err: fmt.Errorf("vfio-user: waiting for the reply to command %d: %w", cmd, context.Cause(ctx))}
 	}
 }
 
@@ -189,10 +207,16 @@ func (l *link) register(ch chan reply) (uint16, error) {
 	}
 }
 
-func (l *link) forget(id uint16) {
+// forget gives a request up, with a reply that has come meanwhile.
+func (l *link) forget(id uint16, ch chan reply) {
 	l.pmu.Lock()
 	defer l.pmu.Unlock()
 	delete(l.pending, id)
+	select {
+	case r := <-ch:
+		r.closeFiles()
+	default:
+	}
 }
 
 // deliver hands a reply to the request that waits for it. A reply that nobody
@@ -215,7 +239,11 @@ func (l *link) deliver(m *message) {
 	}
 	if ch, ok := l.pending[m.id]; ok {
 		delete(l.pending, m.id)
-		ch <- reply{body: append([]byte(nil), m.body...), err: err}
+		r := reply{body: append([]byte(nil), m.body...), err: err}
+		for i := range m.fds {
+			r.files = append(r.files, os.NewFile(uintptr(m.takeFD(i)), "region"))
+		}
+		ch <- r
 	}
 }
 

@@ -41,6 +41,8 @@ const (
 	headerSize       = 16
 	deviceInfoSize   = 16
 	regionInfoSize   = 32
+	sparseSize       = 16 // struct vfio_region_info_cap_sparse_mmap
+	areaSize         = 16 // one of its areas
 	irqInfoSize      = 16
 	irqSetSize       = 20
 	dmaMapSize       = 32
@@ -83,6 +85,14 @@ const (
 	irqActionUnmask  uint32 = 1 << 4
 	irqActionTrigger uint32 = 1 << 5
 	irqActionsMask          = irqActionMask | irqActionUnmask | irqActionTrigger
+)
+
+// Of DEVICE_GET_REGION_INFO, in addition to the flags of a Region: the region can
+// be mapped, and capabilities follow, among them the areas that can be mapped.
+const (
+	regionFlagMap  uint32 = 1 << 2 // VFIO_REGION_INFO_FLAG_MMAP
+	regionFlagCaps uint32 = 1 << 3 // VFIO_REGION_INFO_FLAG_CAPS
+	capSparse      uint16 = 1      // VFIO_REGION_INFO_CAP_SPARSE_MMAP
 )
 
 // PCI layout of VFIO (<linux/vfio.h>): the counts that DEVICE_GET_INFO reports.

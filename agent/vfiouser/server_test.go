@@ -22,7 +22,8 @@ func TestInfo(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Info{
-		Regions: []Region{{0, 4096, 3}, {1, 0, 0}, {2, 0, 0}, {3, 0x4000, 1}, {4, 0, 0}, {5, 0, 0}, {6, 0, 0}, {7, 256, 3}, {8, 0, 0}},
+		Regions: []Region{{Index: 0, Size: 4096, Flags: 3}, {Index: 1}, {Index: 2}, {Index: 3, Size: 0x4000, Flags: 1},
+			{Index: 4}, {Index: 5}, {Index: 6}, {Index: 7, Size: 256, Flags: 3}, {Index: 8}},
 		IRQs:    []IRQ{{0, 0, 0}, {1, 0, 0}, {2, 3, 3}, {3, 1, 1}, {4, 0, 0}},
 	}
 	if d := cmp.Diff(want, got); d != "" {

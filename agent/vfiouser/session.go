@@ -18,6 +18,8 @@ type session struct {
 	regions   [numRegions]Region
 	irqs      [numIRQs]IRQ
 	out       []byte // reply body under construction
+	// pass is a file whose descriptor goes with the reply, nil for none.
+	pass *os.File
 }
 
 func newSession(s *Server, l *link) *session {
@@ -39,12 +41,13 @@ func newSession(s *Server, l *link) *session {
 
 // handle carries out one command and answers it. An error ends the session.
 func (s *session) handle(m *message) error {
+	s.pass = nil
 	body, err := s.dispatch(m)
 	if m.flags&flagNoReply != 0 {
 		if err != nil {
 			s.srv.log.Debug("vfio-user: a posted command failed", "command", m.cmd, "err", err)
 		}
-	} else if e := s.link.reply(m.header, body, err); e != nil {
+	} else if e := s.answer(m.header, body, err); e != nil {
 		return e
 	}
 	if !s.connected {
@@ -58,6 +61,23 @@ func (s *session) handle(m *message) error {
 		s.srv.dev.Connected()
 	}
 	return nil
+}
+
+// answer replies, with the descriptor of pass if there is one.
+func (s *session) answer(h header, body []byte, err error) error {
+	if s.pass == nil || err != nil {
+		return s.link.reply(h, body, err)
+	}
+	c, err := s.pass.SyscallConn()
+	if err != nil {
+		return s.link.reply(h, nil, err)
+	}
+	var sent error
+	// Held while it is sent: the device may close it at any time.
+	if err := c.Control(func(fd uintptr) { sent = s.link.reply(h, body, nil, int(fd)) }); err != nil {
+		return s.link.reply(h, nil, err)
+	}
+	return sent
 }
 
 // dispatch returns the body of the reply.
@@ -224,6 +244,9 @@ func (s *session) deviceInfo(m *message) ([]byte, error) {
 	return putUint32s(s.reply(deviceInfoSize), deviceInfoSize, deviceFlagReset|deviceFlagPCI, numRegions, numIRQs), nil
 }
 
+// regionInfo describes a region. A client that does not allow for the areas to
+// map is told how much to allow for, and nothing of capabilities: QEMU takes the
+// flag without their place for an error. It then asks again.
 func (s *session) regionInfo(m *message) ([]byte, error) {
 	if err := wantArgsz(m, regionInfoSize); err != nil {
 		return nil, err
@@ -232,10 +255,39 @@ func (s *session) regionInfo(m *message) ([]byte, error) {
 	if i >= numRegions {
 		return nil, badRequest("there is no region %d", i)
 	}
-	b := putUint32s(s.reply(regionInfoSize), regionInfoSize, s.regions[i].Flags&(RegionReadable|RegionWritable), i, 0)
-	le.PutUint64(b[16:], s.regions[i].Size)
-	le.PutUint64(b[24:], uint64(i)<<40) // as vfio-pci does; only for mmap
+	r := s.regions[i]
+	flags, size, offset := r.Flags&(RegionReadable|RegionWritable), regionInfoSize, uint64(i)<<40 // as vfio-pci does; only for mmap
+	if r.Map != nil {
+		flags |= regionFlagMap
+		size += sparseSize + areaSize*len(r.Map.Areas)
+		offset = r.Map.Offset
+	}
+	whole := size > regionInfoSize && le.Uint32(m.body) >= uint32(size)
+	n := regionInfoSize
+	if whole {
+		n = size
+	}
+	b := putUint32s(s.reply(n), uint32(size), flags, i, 0)
+	le.PutUint64(b[16:], r.Size)
+	le.PutUint64(b[24:], offset)
+	if whole {
+		putUint32s(b[4:], flags|regionFlagCaps, i, regionInfoSize)
+		putAreas(b[regionInfoSize:], r.Map.Areas)
+		s.pass = r.Map.File
+	}
 	return b, nil
+}
+
+// putAreas writes the capability that names the areas of a region to map.
+func putAreas(b []byte, areas []Area) {
+	le.PutUint16(b[0:], capSparse)
+	le.PutUint16(b[2:], 1)
+	le.PutUint32(b[8:], uint32(len(areas)))
+	for n, a := range areas {
+		at := sparseSize + n*areaSize
+		le.PutUint64(b[at:], a.Offset)
+		le.PutUint64(b[at+8:], a.Size)
+	}
 }
 
 func (s *session) irqInfo(m *message) ([]byte, error) {
