@@ -24,7 +24,7 @@ func TestInfo(t *testing.T) {
 	want := Info{
 		Regions: []Region{{Index: 0, Size: 4096, Flags: 3}, {Index: 1}, {Index: 2}, {Index: 3, Size: 0x4000, Flags: 1},
 			{Index: 4}, {Index: 5}, {Index: 6}, {Index: 7, Size: 256, Flags: 3}, {Index: 8}},
-		IRQs:    []IRQ{{0, 0, 0}, {1, 0, 0}, {2, 3, 3}, {3, 1, 1}, {4, 0, 0}},
+		IRQs: []IRQ{{0, 0, 0}, {1, 0, 0}, {2, 3, 3}, {3, 1, 1}, {4, 0, 0}},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
