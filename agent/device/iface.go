@@ -110,7 +110,7 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 		}
 	}
 	memory := dirty.Tracked{Memory: &i.memory, Pages: &i.pages}
-	s, err := openSilicon(h, dt, files, memory, i.fire, func() { i.p.wanted(i) }, i.log)
+	s, dt, err := openSilicon(h, dt, files, memory, i.fire, func() { i.p.wanted(i) }, i.log)
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
@@ -137,7 +137,7 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 	i.config = newPCIConfig(dt.vendor, dt.device, n)
 	i.vectors = make([]*vfiouser.Eventfd, n)
 	i.missed = make([]bool, n)
-	i.log.Info("VF attached", "vf", h.VF, "role", h.Role, "epoch", h.Epoch)
+	i.log.Info("VF attached", "vf", h.VF, "role", h.Role, "epoch", h.Epoch, "queuePairs", len(dt.family.Queues())/2)
 	return nil
 }
 
@@ -262,12 +262,13 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 	return vf.engine.Rehearse(ctx, src.MailboxRecord, compsc.Rights{Addressed: vf.handoff.MAC != "", Trusted: vf.handoff.Trust})
 }
 
-// check judges a captured state.
+// check judges a captured state, and fits it to this VF.
 func (i *iface) check(s *compsc.State) error {
 	vf := i.get()
 	if vf == nil {
 		return errors.New("no VF attached")
 	}
+	vf.device.fitQueues(s)
 	if err := (qemu.PCIState{Config: s.PCIConfig, MSIX: s.MSIXTable}).Valid(vf.device.family.Interrupts().Vectors); err != nil {
 		return err
 	}

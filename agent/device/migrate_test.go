@@ -34,7 +34,13 @@ type pair struct {
 // newPair boots a guest on the source, with traffic, and starts a target.
 func newPair(t *testing.T, change func(*Options, *handoff.Handoff)) *pair {
 	t.Helper()
-	p := &pair{T: t, src: startNode(t, handoff.RolePrimary, 3, nil)}
+	return newPairOf(t, nil, change)
+}
+
+// newPairOf is newPair with a source that is changed, too.
+func newPairOf(t *testing.T, source, change func(*Options, *handoff.Handoff)) *pair {
+	t.Helper()
+	p := &pair{T: t, src: startNode(t, handoff.RolePrimary, 3, source)}
 	p.src.wantPhase(pb.Phase_PHASE_RUNNING)
 	p.src.startQEMU("running")
 	p.src.boot()
@@ -226,29 +232,35 @@ func testMigration(t *testing.T, change func(*Options, *handoff.Handoff), heads 
 	}
 }
 
-// TestIdleAfterMove: of a VM that neither sends nor receives nobody can say how
-// long it could not have.
-func TestIdleAfterMove(t *testing.T) {
-	p := newPair(t, nil)
+// move takes the VM to the target, where it runs then.
+func (p *pair) move() {
+	p.Helper()
 	p.precopy()
 	flush := nbd.Held(p.src.gate.Flush)
 	if a := p.deliver(p.capture()); !a.Accepted {
-		t.Fatalf("state refused: %s: %s", a.Reason, a.Message)
+		p.Fatalf("state refused: %s: %s", a.Reason, a.Message)
 	}
-	_, err := p.src.ctl.ReleaseSource(t.Context(), &pb.ReleaseSourceRequest{MigrationUid: uid})
+	_, err := p.src.ctl.ReleaseSource(p.Context(), &pb.ReleaseSourceRequest{MigrationUid: uid})
 	p.src.must(err)
 	<-flush
 	p.copyRAM()
 	start := nbd.Held(p.dst.gate.Read)
-	_, err = p.dst.ctl.AwaitStart(t.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
+	_, err = p.dst.ctl.AwaitStart(p.Context(), &pb.AwaitStartRequest{MigrationUid: uid})
 	p.dst.must(err)
-	_, err = p.src.ctl.Relinquish(t.Context(), &pb.RelinquishRequest{MigrationUid: uid})
+	_, err = p.src.ctl.Relinquish(p.Context(), &pb.RelinquishRequest{MigrationUid: uid})
 	p.src.must(err)
-	_, err = p.dst.ctl.Activate(t.Context(), &pb.ActivateRequest{MigrationUid: uid})
+	_, err = p.dst.ctl.Activate(p.Context(), &pb.ActivateRequest{MigrationUid: uid})
 	p.dst.must(err)
 	<-start
 	p.dst.mon.event("RESUME", "")
 	p.dst.wantPhase(pb.Phase_PHASE_RUNNING)
+}
+
+// TestIdleAfterMove: of a VM that neither sends nor receives nobody can say how
+// long it could not have.
+func TestIdleAfterMove(t *testing.T) {
+	p := newPair(t, nil)
+	p.move()
 	p.dst.rd(ixgbevf.VFLINKS) // the driver looks at its device, no more
 	r, err := p.dst.ctl.AwaitRunning(t.Context(), &pb.AwaitRunningRequest{MigrationUid: uid})
 	p.dst.must(err)

@@ -65,7 +65,7 @@ type silicon interface {
 // charge of its PF has to.
 var errPFAnnounces = errors.New("only the PF can announce the VF's address")
 
-// deviceType is what a PCI id says.
+// deviceType is what a PCI id says; of an ixgbevf VF withQueues says the rest.
 type deviceType struct {
 	vendor, device uint16
 	family         family.Family
@@ -81,7 +81,7 @@ var deviceTypes = func() map[string]deviceType {
 		types[fmt.Sprintf("%04x:%04x", vendor, device)] = deviceType{vendor, device, f}
 	}
 	for _, m := range ixgbevf.Members() {
-		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, modelQueuePairs)
+		f, err := ixgbevf.ForDevice(ixgbevf.VendorID, m.Device, ixgbevf.DefaultQueuePairs)
 		add(ixgbevf.VendorID, m.Device, f, err)
 	}
 	for _, m := range igbvf.Members() {
@@ -101,10 +101,6 @@ func Families() map[string]string {
 	return out
 }
 
-// modelQueuePairs is the number of queue pairs of an 82599 VF when the PF
-// runs 64 pools, which is how Linux's driver sets it up for up to 63 VFs.
-const modelQueuePairs = 2
-
 // ethernetHeader is what a frame has before its packet, in bytes.
 const ethernetHeader = 14
 
@@ -120,21 +116,21 @@ func deviceTypeFor(h handoff.Handoff) (deviceType, error) {
 	return dt, nil
 }
 
-// openSilicon opens the VF's backend; it owns files. wanted is called when the
-// VF is wanted back.
-func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), wanted func(), log *slog.Logger) (silicon, error) {
+// openSilicon opens the VF's backend, and returns the VF's type with the queues
+// that it has; it owns files. wanted is called when the VF is wanted back.
+func openSilicon(h handoff.Handoff, dt deviceType, files []*os.File, mem dirty.Tracked, irq func(int), wanted func(), log *slog.Logger) (silicon, deviceType, error) {
 	switch {
 	case h.Backend == handoff.BackendVFIO:
 		return openVFIO(h, dt, files, irq, wanted, log)
 	case h.Backend != handoff.BackendModel:
 		handoff.CloseAll(files)
-		return nil, fmt.Errorf("backend %q is not known: want %q or %q", h.Backend, handoff.BackendModel, handoff.BackendVFIO)
+		return nil, dt, fmt.Errorf("backend %q is not known: want %q or %q", h.Backend, handoff.BackendModel, handoff.BackendVFIO)
 	case dt.family.Name() != ixgbevf.Name:
 		handoff.CloseAll(files)
-		return nil, fmt.Errorf("there is no model of a %s of family %s: it needs backend %q", h.DeviceID, dt.family.Name(), handoff.BackendVFIO)
+		return nil, dt, fmt.Errorf("there is no model of a %s of family %s: it needs backend %q", h.DeviceID, dt.family.Name(), handoff.BackendVFIO)
 	case len(files) != 1:
 		handoff.CloseAll(files)
-		return nil, fmt.Errorf("the model takes one file, a tap's queue, not %d", len(files))
+		return nil, dt, fmt.Errorf("the model takes one file, a tap's queue, not %d", len(files))
 	}
 	return openModel(h, dt, files[0], mem, irq, log)
 }
@@ -154,7 +150,7 @@ type modelVF struct {
 // never used costs nothing.
 const (
 	scratchAddr = 1 << 52
-	scratchSize = 2 * modelQueuePairs * (1<<20 + 4<<10)
+	scratchSize = 2 * ixgbevf.MaxQueuePairs * (1<<20 + 4<<10)
 )
 
 // Scratch is memory laid over the guest's.
@@ -163,10 +159,12 @@ func (m *modelVF) Scratch() compsc.Scratch { return m.scratch }
 // Announce sends a frame on the wire, as the PF could.
 func (m *modelVF) Announce(frame []byte) error { return m.wire.Transmit(frame) }
 
-func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, error) {
+func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked, irq func(int), log *slog.Logger) (silicon, deviceType, error) {
 	cfg := model.DefaultConfig()
 	cfg.DeviceID = dt.device
-	cfg.QueuePairs = modelQueuePairs
+	if h.Model.QueuePairs != 0 {
+		cfg.QueuePairs = h.Model.QueuePairs
+	}
 	cfg.WritableRXHead = !h.Model.ReadOnlyRXHead
 	cfg.WritableTXHead = !h.Model.ReadOnlyTXHead
 	cfg.MulticastFilterType = h.Model.MulticastFilterType
@@ -180,7 +178,7 @@ func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked
 		mac, err := net.ParseMAC(h.MAC)
 		if err != nil {
 			wire.Close()
-			return nil, err
+			return nil, dt, err
 		}
 		vf.SetAdminMAC(mac)
 	}
@@ -193,11 +191,17 @@ func openModel(h handoff.Handoff, dt deviceType, tap *os.File, mem dirty.Tracked
 			log.Error("the VF's wire ended", "vf", h.VF, "error", err)
 		}
 	}()
-	return &modelVF{VF: vf, scratch: scratch, wire: wire, stop: func() {
+	m := &modelVF{VF: vf, scratch: scratch, wire: wire, stop: func() {
 		cancel()
 		wire.Close()
 		<-ended
-	}}, nil
+	}}
+	dt, err := dt.withQueues(m, log)
+	if err != nil {
+		m.Close()
+		return nil, dt, err
+	}
+	return m, dt, nil
 }
 
 // inProcess is the part of a silicon that a VF in this process has no need of.

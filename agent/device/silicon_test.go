@@ -49,7 +49,7 @@ func TestModelIsOfOneFamily(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	if _, err := openSilicon(h, dt, []*os.File{r}, dirty.Tracked{}, nil, nil, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "igbvf") {
+	if _, _, err := openSilicon(h, dt, []*os.File{r}, dirty.Tracked{}, nil, nil, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "igbvf") {
 		t.Errorf("error %v, want one about the family", err)
 	}
 	if err := r.Close(); err == nil {

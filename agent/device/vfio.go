@@ -56,27 +56,31 @@ type vfioVF struct {
 	request *os.File
 }
 
-// openVFIO takes the VF into use; it owns files. wanted is called, on a
+// openVFIO takes the VF into use, and counts its queues; it owns files. wanted is called, on a
 // goroutine of its own, when the kernel wants the VF back.
-func openVFIO(h handoff.Handoff, dt deviceType, files []*os.File, irq func(int), wanted func(), log *slog.Logger) (silicon, error) {
+func openVFIO(h handoff.Handoff, dt deviceType, files []*os.File, irq func(int), wanted func(), log *slog.Logger) (silicon, deviceType, error) {
 	d, err := vfio.Use(vfio.API(h.VFIO.API), files)
 	if err != nil {
-		return nil, err
+		return nil, dt, err
 	}
 	v := newVFIO(d, irq, log)
 	if err := v.check(dt); err != nil {
 		v.Close()
-		return nil, err
+		return nil, dt, err
+	}
+	if dt, err = dt.withQueues(v, log); err != nil {
+		v.Close()
+		return nil, dt, err
 	}
 	if v.scratch, err = d.NewScratch(len(dt.family.Queues()) * scratchPerQueue); err != nil {
 		v.Close()
-		return nil, err
+		return nil, dt, err
 	}
 	if err := v.listen(wanted); err != nil {
 		v.Close()
-		return nil, err
+		return nil, dt, err
 	}
-	return v, nil
+	return v, dt, nil
 }
 
 func newVFIO(k kernelVF, irq func(int), log *slog.Logger) *vfioVF {

@@ -424,7 +424,7 @@ func TestVFIOChecksTheFunction(t *testing.T) {
 	}
 	h := handoff.Handoff{VF: "0000:01:10.0", DeviceID: "8086:10ed", Backend: handoff.BackendVFIO, VFIO: handoff.VFIO{API: "none"}}
 	f := ramFile(t, 1)
-	_, err := openSilicon(h, deviceTypes["8086:10ed"], []*os.File{f}, dirty.Tracked{}, nil, nil, slog.Default())
+	_, _, err := openSilicon(h, deviceTypes["8086:10ed"], []*os.File{f}, dirty.Tracked{}, nil, nil, slog.Default())
 	if err == nil || !strings.Contains(err.Error(), "not known") {
 		t.Errorf("opened with %v", err)
 	}

@@ -99,6 +99,8 @@ type Model struct {
 	MulticastFilterType uint32 `json:"multicastFilterType,omitempty"`
 	// MTU is the PF's own, 0 for 1500.
 	MTU int `json:"mtu,omitempty"`
+	// QueuePairs is how many the PF's mode gives the VF: 2, 4 or 8; 0 for 2.
+	QueuePairs int `json:"queuePairs,omitempty"`
 }
 
 type reply struct {
