@@ -76,6 +76,9 @@ type Options struct {
 	// Scratch is memory to work on rings with. Without it contexts are not
 	// loaded, and heads that cannot be written cannot be restored.
 	Scratch Scratch
+	// Direct tells that the guest reaches the pages of family.DoorbellPages by
+	// itself, past GuestRead and GuestWrite. Track knows nothing of it then.
+	Direct bool
 	// Logger for what is unusual but no error. Default slog.Default().
 	Logger *slog.Logger
 }
@@ -130,6 +133,9 @@ type VF struct {
 	// nothing else.
 	at []dword
 
+	// pages are those that the guest reaches by itself.
+	pages []uint32
+
 	// rings has each queue under the offset of each of its registers.
 	rings map[uint32]*ring
 	// relays counts the rings under relay; due tells that they are to be
@@ -146,6 +152,9 @@ type VF struct {
 	// guest shall find in the registers that the quiesce changed: control and
 	// tail of each queue, and the interrupt mask.
 	held map[uint32]uint32
+	// kept has the tails, by offset, that the guest rings by itself and that the
+	// device kept when the quiesce stopped their queues.
+	kept map[uint32]bool
 	// heads has the head of each queue that the quiesce has stopped, by
 	// offset.
 	heads map[uint32]uint32
@@ -178,6 +187,9 @@ func New(f family.Family, b Backend, o Options) *VF {
 		log:       f.NewLog(),
 	}
 	v.resetReg, v.resetBit = f.ResetRegister()
+	if o.Direct {
+		v.pages = family.DoorbellPages(f)
+	}
 	for _, r := range f.Registers() {
 		v.regs[r.Offset] = r
 	}
@@ -190,7 +202,7 @@ func New(f family.Family, b Backend, o Options) *VF {
 		}
 	}
 	for _, c := range f.Counters() {
-		k := &counter{Counter: c}
+		k := &counter{Counter: c, direct: v.direct(c.Low)}
 		v.counters = append(v.counters, k)
 		v.counterAt[c.Low] = k
 		if c.High != 0 {

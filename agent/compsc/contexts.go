@@ -131,7 +131,7 @@ func (v *VF) contexts(r *ring, head uint32) [][]byte {
 
 // follow starts to mirror a transmit queue that is about to run at head.
 func (v *VF) follow(r *ring, head uint32) {
-	if v.o.Memory != nil && r.ContextSlots > 0 && r.mirror == nil {
+	if v.o.Memory != nil && r.ContextSlots > 0 && r.mirror == nil && !v.direct(r.Tail) {
 		r.mirror = newMirror(v.placeOf(r.Queue), r.Queue, head, r.slots)
 	}
 }

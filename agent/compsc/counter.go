@@ -12,6 +12,9 @@ type counter struct {
 	// last; latched until the guest has read it.
 	high    uint32
 	latched bool
+	// direct tells that the guest reads it by itself: it is the device's, and
+	// one that a read clears is left alone.
+	direct bool
 }
 
 func (c *counter) mask() uint64 { return 1<<c.Width - 1 }
@@ -32,6 +35,9 @@ func (v *VF) sample(c *counter) uint64 {
 
 // value is what the guest would read.
 func (v *VF) value(c *counter) uint64 {
+	if c.direct && c.ReadClears {
+		return 0 // what it has is the guest's to read
+	}
 	if c.ReadClears {
 		c.offset = min(c.offset+v.sample(c), c.mask())
 		return c.offset
@@ -62,6 +68,9 @@ func (v *VF) readCounter(c *counter, off uint32) uint32 {
 		return c.high
 	}
 	value := v.value(c)
+	if c.direct {
+		value = v.sample(c)
+	}
 	if c.ReadClears {
 		c.offset = 0
 	}
@@ -72,8 +81,11 @@ func (v *VF) readCounter(c *counter, off uint32) uint32 {
 	return uint32(value)
 }
 
-// rebase makes the guest see value from now on.
+// rebase makes the guest see value from now on, unless it looks by itself.
 func (v *VF) rebase(c *counter, value uint64) {
+	if c.direct {
+		return
+	}
 	hardware := v.sample(c)
 	if c.ReadClears {
 		hardware = 0 // now it is

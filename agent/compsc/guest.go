@@ -91,13 +91,16 @@ func (v *VF) afterReset(reset func()) {
 	v.trackReset()
 	before := make([]uint64, len(v.counters))
 	for i, c := range v.counters {
+		if c.direct {
+			continue
+		}
 		if before[i] = v.sample(c); c.ReadClears {
 			c.offset = min(c.offset+before[i], c.mask())
 		}
 	}
 	reset()
 	for i, c := range v.counters {
-		if c.ReadClears {
+		if c.ReadClears || c.direct {
 			continue
 		}
 		if after := v.sample(c); (after-before[i])&c.mask() > c.mask()/2 {

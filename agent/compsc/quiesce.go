@@ -22,7 +22,7 @@ func (v *VF) Quiesce(ctx context.Context) error {
 	if v.held != nil {
 		return nil
 	}
-	v.held, v.heads = make(map[uint32]uint32), make(map[uint32]uint32)
+	v.held, v.heads, v.kept = make(map[uint32]uint32), make(map[uint32]uint32), make(map[uint32]bool)
 	err := v.stop(ctx)
 	if err == nil {
 		return nil
@@ -59,6 +59,9 @@ func (v *VF) stop(ctx context.Context) error {
 			return err
 		}
 		v.heads[q.Head] = head
+		if err := v.stopDirect(q); err != nil {
+			return err
+		}
 	}
 	_, err := v.settleMailbox(ctx)
 	return err
@@ -144,12 +147,16 @@ func (v *VF) Unquiesce(ctx context.Context) error {
 func (v *VF) resume(ctx context.Context) error {
 	var errs []error
 	failed := make(map[uint32]bool)
+	v.heedDoorbells()
 	for _, q := range v.queues {
 		if head, stopped := v.heads[q.Head]; stopped && v.held[q.Ctl]&q.Enable != 0 {
 			r := v.rings[q.Ctl]
 			v.follow(r, head)
-			_, err := v.bringHead(ctx, r, head, v.contexts(r, head))
+			way, err := v.bringHead(ctx, r, head, v.contexts(r, head))
 			failed[q.Ctl] = err != nil
+			if way != HeadsWriteVerify {
+				delete(v.kept, q.Tail) // it had another ring meanwhile
+			}
 			errs = append(errs, err)
 		}
 	}
@@ -160,7 +167,7 @@ func (v *VF) resume(ctx context.Context) error {
 	}
 	v.mask = v.held[v.irq.MaskSet]
 	v.b.Write(v.irq.MaskSet, v.mask)
-	v.held, v.heads = nil, nil
+	v.held, v.heads, v.kept = nil, nil, nil
 	v.raise()
 	return errors.Join(errs...)
 }
@@ -178,6 +185,9 @@ func (v *VF) resumeQueue(ctx context.Context, q family.Queue, ctl uint32) error 
 			v.b.Write(q.Ctl, ctl)
 		}
 	default:
+		if on, err := v.goOn(ctx, q, ctl, head); on || err != nil {
+			return err
+		}
 		if err := v.turnOn(ctx, q, ctl, head, v.held[q.Tail]); err != nil {
 			return err
 		}

@@ -59,6 +59,9 @@ const relayIdle = time.Millisecond
 // startRelay programs a queue that is off to work on a shadow ring for a
 // guest whose ring stands at head. With across the relay goes on for a lap.
 func (v *VF) startRelay(r *ring, head uint32, across bool) error {
+	if v.direct(r.Tail) {
+		return errDirect
+	}
 	if v.o.Memory == nil {
 		return fmt.Errorf("%s: the guest's memory is not at hand", queueName(r.Queue))
 	}

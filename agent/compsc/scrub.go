@@ -66,7 +66,7 @@ func (v *VF) release(ctx context.Context) error {
 // forget drops all that the engine knows of the guest but for its record and
 // its counters. The device is to be reset next.
 func (v *VF) forget() {
-	v.held, v.heads, v.causes, v.mask, v.mail = nil, nil, 0, 0, mail{}
+	v.held, v.heads, v.kept, v.causes, v.mask, v.mail = nil, nil, nil, 0, 0, mail{}
 	for _, q := range v.queues {
 		r := v.rings[q.Ctl]
 		if r.relay != nil {
@@ -179,7 +179,7 @@ func (v *VF) probeWay(ctx context.Context, r *ring) (string, error) {
 		return HeadsDummyAdvance, offErr
 	case errors.Is(err, ErrGone) || ctx.Err() != nil:
 		return "", err
-	case offErr == nil && v.o.Memory != nil && v.setHead(r.Queue, 0) == nil:
+	case offErr == nil && v.o.Memory != nil && !v.direct(r.Tail) && v.setHead(r.Queue, 0) == nil:
 		return HeadsShadowRing, nil
 	}
 	v.o.Logger.Info("a head cannot be advanced on this VF", "queue", queueName(r.Queue), "error", err)
