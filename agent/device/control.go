@@ -85,6 +85,7 @@ func (p *process) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply, e
 		if vf := i.get(); vf != nil {
 			s.Vf, s.Mac, s.Epoch = vf.handoff.VF, vf.handoff.MAC, vf.handoff.Epoch
 			s.GuestResets, s.Lost = vf.engine.GuestResets(), i.lost.Load()
+			s.FastPath, s.Immovable = vf.handoff.FastPath, vf.immovable()
 		}
 		r.Interfaces = append(r.Interfaces, s)
 		r.QemuConnected = r.QemuConnected && i.server.Connected()

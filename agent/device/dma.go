@@ -68,8 +68,11 @@ func (i *iface) DMAUnmap(u vfiouser.DMAUnmap) error {
 
 // track begins to record which pages of the guest the VF writes.
 func (i *iface) track() error {
-	i.pages.Start()
 	vf := i.get()
+	if vf.immovable() != "" {
+		return nil // the target refuses it
+	}
+	i.pages.Start()
 	if !vf.silicon.TellsWrites() {
 		vf.engine.Track(i.wrote)
 		return nil
@@ -112,6 +115,9 @@ func (i *iface) written() ([]uint64, error) {
 	i.dma.Lock()
 	defer i.dma.Unlock()
 	vf := i.get()
+	if why := vf.immovable(); why != "" {
+		return nil, errors.New(why)
+	}
 	if !vf.silicon.TellsWrites() {
 		if err := vf.engine.FlushTracked(); err != nil {
 			return nil, err

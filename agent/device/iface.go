@@ -1,6 +1,7 @@
 package device
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -121,8 +122,12 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
 	vf := &attachedVF{handoff: h, device: dt, silicon: s}
+	if err := vf.checkFastPath(); err != nil {
+		s.Close()
+		return fmt.Errorf("VF %s: interface %s: %w", h.VF, h.Interface, err)
+	}
 	vf.engine = compsc.New(dt.family, s, compsc.Options{
-		VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Scratch: s.Scratch(), Logger: i.log})
+		VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Scratch: s.Scratch(), Direct: h.FastPath, Logger: i.log})
 	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
 	defer cancel()
 	// A VF may come with what a previous tenant left in it.
@@ -215,7 +220,8 @@ func (i *iface) describe(ctx context.Context) (*pb.SourceInterface, error) {
 		NeedsHeadRestore:    vf.engine.HeadsInUse(),
 		PciConfig:           s.Config,
 		MsixTable:           s.MSIX,
-		NotMigratable:       sum.NotMigratable,
+		NotMigratable:       cmp.Or(vf.immovable(), sum.NotMigratable),
+		FastPath:            vf.handoff.FastPath,
 		Slot:                uint32(i.cfg.Slot),
 		Socket:              i.qemuSocket(),
 		MailboxRecord:       vf.engine.Record(),
@@ -239,6 +245,11 @@ func (i *iface) judge(ctx context.Context, src *pb.SourceInterface) error {
 		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
 			"the source's VF is %04x:%04x (%s), the target's %04x:%04x (%s): choose a node with VFs of the same kind",
 			src.VendorId, src.DeviceId, src.Family, dt.vendor, dt.device, dt.family.Name())}
+	}
+	if src.FastPath != vf.handoff.FastPath {
+		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
+			"the VM has its VF with the fast path %s, the target pod was given one with it %s: the VMI's annotation has changed since the VM started; set it back, or restart the VM",
+			onOff(src.FastPath), onOff(vf.handoff.FastPath))}
 	}
 	if src.Mac != vf.handoff.MAC {
 		return &compsc.IncompatibleError{Reason: "Incompatible", Message: fmt.Sprintf(
@@ -333,12 +344,14 @@ func (i *iface) restore(ctx context.Context, s *compsc.State) (*pb.InterfaceRest
 func (i *iface) Info() vfiouser.Info {
 	const rw = vfiouser.RegionReadable | vfiouser.RegionWritable
 	size, n := uint64(0), 0
+	var direct *vfiouser.RegionMap
 	if vf := i.get(); vf != nil {
 		size, n = uint64(vf.device.family.BARSize()), vf.device.family.Interrupts().Vectors
+		direct = vf.fastPath()
 	}
 	return vfiouser.Info{
 		Regions: []vfiouser.Region{
-			{Index: vfiouser.RegionBAR0, Size: size, Flags: rw},
+			{Index: vfiouser.RegionBAR0, Size: size, Flags: rw, Map: direct},
 			{Index: vfiouser.RegionBAR3, Size: size, Flags: rw},
 			{Index: vfiouser.RegionConfig, Size: configSize, Flags: rw},
 		},

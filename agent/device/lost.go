@@ -38,7 +38,13 @@ func (i *iface) giveUp() (address string, ok bool) {
 	if vf == nil || i.lost.Load() {
 		return "", false
 	}
-	vf.engine.Lose(vf.silicon.GiveUp)
+	vf.engine.Lose(func() {
+		if vf.handoff.FastPath {
+			// QEMU has the VF open too: closing it here does not stop it.
+			vf.silicon.FLR()
+		}
+		vf.silicon.GiveUp()
+	})
 	i.lost.Store(true)
 	i.setRunning(true) // nobody need wait for it
 	i.fireAll()        // drivers look at their link on the mailbox's interrupt

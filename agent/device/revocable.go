@@ -2,6 +2,7 @@ package device
 
 import (
 	"errors"
+	"os"
 	"sync"
 )
 
@@ -44,6 +45,11 @@ func (r *revocable) Write(off, v uint32) { r.with(func(k kernelVF) { k.Write(off
 func (r *revocable) BARSize() (n uint32) {
 	r.with(func(k kernelVF) { n = k.BARSize() })
 	return n
+}
+
+func (r *revocable) BARFile() (f *os.File, offset int64) {
+	r.with(func(k kernelVF) { f, offset = k.BARFile() })
+	return f, offset
 }
 
 func (r *revocable) Vectors() (n int) {

@@ -52,6 +52,10 @@ type silicon interface {
 	// are not the device's.
 	Forward(on bool) error
 
+	// BARFile is the file by which BAR0 can be mapped, and where it begins in it;
+	// nil for none. It stays the silicon's.
+	BARFile() (*os.File, int64)
+
 	// TellsWrites says whether the pages that the VF writes are known without
 	// the engine's help: as tracked memory, or by TrackWrites and Writes.
 	TellsWrites() bool
@@ -212,6 +216,7 @@ func (inProcess) Unmap(uint64, uint64) error                     { return nil }
 func (inProcess) Connect(int, *vfiouser.Eventfd) error           { return nil }
 func (inProcess) DisconnectAll() error                           { return nil }
 func (inProcess) Forward(bool) error                             { return nil }
+func (inProcess) BARFile() (*os.File, int64)                     { return nil, 0 }
 func (inProcess) TellsWrites() bool                              { return true }
 func (inProcess) TrackWrites(bool) error                         { return nil }
 func (inProcess) Writes(uint64, uint64, func(addr uint64)) error { return nil }

@@ -25,6 +25,7 @@ const scratchPerQueue = 68 << 10
 type kernelVF interface {
 	compsc.Backend
 	BARSize() uint32
+	BARFile() (*os.File, int64)
 	Vectors() int
 	ReadConfig(off int64, p []byte) error
 	Map(iova uint64, mem []byte, readable, writable bool) error

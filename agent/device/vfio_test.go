@@ -36,8 +36,12 @@ type kernelModel struct {
 	dirty    map[uint64]bool // nil: the IOMMU has no dirty bits
 	tracking bool
 	id       [4]byte
-	request  int // eventfd
+	request  int      // eventfd
+	bar      *os.File // nil: BAR0 cannot be mapped
 }
+
+// barAt is where BAR0 begins in the file that it can be mapped by.
+const barAt = 0x10000
 
 func newKernelModel(t *testing.T) *kernelModel {
 	k := &kernelModel{mapped: map[uint64][]byte{}, id: [4]byte{0x86, 0x80, 0xed, 0x10}}
@@ -90,11 +94,12 @@ func (k *kernelModel) raise(vector int) {
 }
 
 func (k *kernelModel) BARSize() uint32                    { return ixgbevf.BARSize }
+func (k *kernelModel) BARFile() (*os.File, int64)         { return k.bar, barAt }
 func (k *kernelModel) Vectors() int                       { return len(k.eventfds) }
 func (k *kernelModel) ReadConfig(_ int64, p []byte) error { copy(p, k.id[:]); return nil }
 func (k *kernelModel) HasDirtyBits() bool                 { return k.dirty != nil }
 func (k *kernelModel) TrackDirty(on bool) error           { k.tracking = on; return nil }
-func (k *kernelModel) Reset() error                       { k.FLR(); return nil }
+func (k *kernelModel) Reset() error                       { k.note("reset"); k.FLR(); return nil }
 func (k *kernelModel) Close() error                       { k.note("close"); return nil }
 
 func (k *kernelModel) Dirty(iova, size uint64, page func(uint64)) error {

@@ -157,6 +157,18 @@ func (d *Device) mapBAR() error {
 // BARSize is the size of BAR0 in bytes.
 func (d *Device) BARSize() uint32 { return d.barSize }
 
+// BARFile is the file by which BAR0 can be mapped, and where it begins in it; nil
+// where the kernel does not let all of it be mapped. It stays the Device's, and
+// stands for the whole device: whoever has its descriptor can also reset the VF,
+// and reach all of its registers and its configuration space. The kernel takes
+// the VF for in use as long as it is open or mapped anywhere.
+func (d *Device) BARFile() (*os.File, int64) {
+	if d.bar == nil {
+		return nil, 0
+	}
+	return d.dev, d.barOffset
+}
+
 // Read reads the 32-bit register at off of BAR0, a multiple of 4. It returns
 // all ones outside of the BAR and when the device is gone.
 func (d *Device) Read(off uint32) uint32 {

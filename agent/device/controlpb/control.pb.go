@@ -352,7 +352,11 @@ type InterfaceStatus struct {
 	GuestResets uint64 `protobuf:"varint,4,opt,name=guest_resets,json=guestResets,proto3" json:"guest_resets,omitempty"`
 	Epoch       uint64 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// The node took the VF away: the guest's link is down, for good.
-	Lost          bool `protobuf:"varint,6,opt,name=lost,proto3" json:"lost,omitempty"`
+	Lost bool `protobuf:"varint,6,opt,name=lost,proto3" json:"lost,omitempty"`
+	// The guest reaches the VF's doorbells past the device process.
+	FastPath bool `protobuf:"varint,7,opt,name=fast_path,json=fastPath,proto3" json:"fast_path,omitempty"`
+	// Why the VF cannot move from here, whatever the target; empty if it can.
+	Immovable     string `protobuf:"bytes,8,opt,name=immovable,proto3" json:"immovable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -427,6 +431,20 @@ func (x *InterfaceStatus) GetLost() bool {
 		return x.Lost
 	}
 	return false
+}
+
+func (x *InterfaceStatus) GetFastPath() bool {
+	if x != nil {
+		return x.FastPath
+	}
+	return false
+}
+
+func (x *InterfaceStatus) GetImmovable() string {
+	if x != nil {
+		return x.Immovable
+	}
+	return ""
 }
 
 // A step of the switchover and how long it took.
@@ -605,6 +623,9 @@ type SourceInterface struct {
 	Socket string `protobuf:"bytes,13,opt,name=socket,proto3" json:"socket,omitempty"`
 	// What the guest asked of the PF, encoded: the target's PF rehearses it.
 	MailboxRecord []byte `protobuf:"bytes,14,opt,name=mailbox_record,json=mailboxRecord,proto3" json:"mailbox_record,omitempty"`
+	// The guest reaches the VF's doorbells past the device process; its QEMU on
+	// the target must find that too.
+	FastPath      bool `protobuf:"varint,15,opt,name=fast_path,json=fastPath,proto3" json:"fast_path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -735,6 +756,13 @@ func (x *SourceInterface) GetMailboxRecord() []byte {
 		return x.MailboxRecord
 	}
 	return nil
+}
+
+func (x *SourceInterface) GetFastPath() bool {
+	if x != nil {
+		return x.FastPath
+	}
+	return false
 }
 
 type AwaitCaptureRequest struct {
@@ -2040,14 +2068,16 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\tprotocols\x18\a \x01(\v2\x1b.compsc.device.v1.ProtocolsR\tprotocols\";\n" +
 	"\tProtocols\x12\x16\n" +
 	"\x06oldest\x18\x01 \x01(\rR\x06oldest\x12\x16\n" +
-	"\x06newest\x18\x02 \x01(\rR\x06newest\"\x94\x01\n" +
+	"\x06newest\x18\x02 \x01(\rR\x06newest\"\xcf\x01\n" +
 	"\x0fInterfaceStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02vf\x18\x02 \x01(\tR\x02vf\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\tR\x03mac\x12!\n" +
 	"\fguest_resets\x18\x04 \x01(\x04R\vguestResets\x12\x14\n" +
 	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\x12\x12\n" +
-	"\x04lost\x18\x06 \x01(\bR\x04lost\"I\n" +
+	"\x04lost\x18\x06 \x01(\bR\x04lost\x12\x1b\n" +
+	"\tfast_path\x18\a \x01(\bR\bfastPath\x12\x1c\n" +
+	"\timmovable\x18\b \x01(\tR\timmovable\"I\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x04took\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04took\"y\n" +
@@ -2057,7 +2087,7 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x12PrepareSourceReply\x12A\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2!.compsc.device.v1.SourceInterfaceR\n" +
-	"interfaces\"\xc4\x03\n" +
+	"interfaces\"\xe1\x03\n" +
 	"\x0fSourceInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06family\x18\x02 \x01(\tR\x06family\x12\x1b\n" +
@@ -2076,7 +2106,8 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x0enot_migratable\x18\v \x01(\tR\rnotMigratable\x12\x12\n" +
 	"\x04slot\x18\f \x01(\rR\x04slot\x12\x16\n" +
 	"\x06socket\x18\r \x01(\tR\x06socket\x12%\n" +
-	"\x0emailbox_record\x18\x0e \x01(\fR\rmailboxRecord\"t\n" +
+	"\x0emailbox_record\x18\x0e \x01(\fR\rmailboxRecord\x12\x1b\n" +
+	"\tfast_path\x18\x0f \x01(\bR\bfastPath\"t\n" +
 	"\x13AwaitCaptureRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\x128\n" +
 	"\x06epochs\x18\x02 \x03(\v2 .compsc.device.v1.InterfaceEpochR\x06epochs\"\x85\x02\n" +

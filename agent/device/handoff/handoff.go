@@ -77,6 +77,8 @@ type Handoff struct {
 	Epoch uint64 `json:"epoch"`
 	// Role is RolePrimary or RoleTarget.
 	Role string `json:"role"`
+	// FastPath lets the guest reach the VF's doorbells past the device process.
+	FastPath bool `json:"fastPath,omitempty"`
 	// Model holds what only the model backend needs.
 	Model Model `json:"model,omitzero"`
 	// VFIO holds what only the vfio backend needs.
