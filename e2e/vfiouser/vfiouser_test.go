@@ -48,7 +48,7 @@ var refused = map[string]string{
 
 func TestIndependentClient(t *testing.T) {
 	dir := t.TempDir()
-	client := build(t, dir, "cc", "-Wall", "-Wextra", "-Werror", "-O1", "-o", filepath.Join(dir, "client"), filepath.Join("client", "client.c"))
+	client := buildClient(t, dir)
 	d := startDevice(t, dir)
 	talk := func() {
 		t.Helper()
@@ -58,7 +58,7 @@ func TestIndependentClient(t *testing.T) {
 	}
 	talk()
 	names := strings.Fields(run(t, client, "-", "cases"))
-	if len(names) < 50 {
+	if len(names) < 60 {
 		t.Fatalf("the client knows only %d cases", len(names))
 	}
 	for name := range closing {
@@ -92,6 +92,13 @@ func TestIndependentClient(t *testing.T) {
 		d.idle(t)
 	}
 	many()
+	// Those that take the server's patience, once.
+	for _, name := range []string{"silent", "header", "body", "negotiated"} {
+		if got := run(t, client, d.socket, "stall", name); got != "closed" {
+			t.Errorf("stalled, %s: %s", name, got)
+		}
+	}
+	d.idle(t)
 	files, rss := d.files(t), d.rss(t)
 	many()
 	if got := d.files(t); got != files {
@@ -116,7 +123,7 @@ func startDevice(t *testing.T, dir string) *deviceProcess {
 	t.Helper()
 	binary := os.Getenv("COMPSC_BINARY")
 	if binary == "" {
-		binary = build(t, dir, "go", "build", "-o", filepath.Join(dir, "compsc"), "compsc.io/compsc")
+		binary = build(t, dir, "go", "build", "-o", filepath.Join(dir, "product"), "compsc.io/compsc")
 	}
 	const slot = 5
 	sockets := filepath.Join(dir, filepath.Base(kubevirt.SidecarDeviceDir()))
@@ -242,6 +249,12 @@ func run(t *testing.T, client string, args ...string) string {
 		t.Fatal(err)
 	}
 	return strings.TrimSpace(string(out))
+}
+
+func buildClient(t *testing.T, dir string) string {
+	t.Helper()
+	return build(t, dir, "cc", "-Wall", "-Wextra", "-Werror", "-O1", "-o", filepath.Join(dir, "client"),
+		filepath.Join("client", "client.c"), filepath.Join("client", "serve.c"))
 }
 
 // build runs a compiler and returns its result, the argument after -o.

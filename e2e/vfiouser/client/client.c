@@ -4,64 +4,24 @@
 //
 // Usage: client SOCKET talk        drive the VF as a small driver would
 //        client SOCKET bad CASE    break the protocol, say how it was answered
-//        client - cases            list the cases
+//        client SOCKET stall CASE  send a part, and wait for the end of the session
+//        client SOCKET serve       answer the server's requests, as told on stdin
+//        client - cases            list the cases of bad
 //
 // talk ends with status 0 when every answer was right. bad prints one line:
 // "error ERRNO" for an error reply, "closed" when the server ended the session,
 // "accepted" for a normal reply, "ignored" when the session went on without one.
+// stall has the cases silent, header, body and negotiated, and prints "closed".
+// For serve see serve.c.
 
-#define _GNU_SOURCE
-#include <errno.h>
-#include <linux/memfd.h>
-#include <linux/pci_regs.h>
-#include <linux/vfio.h>
-#include <poll.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <time.h>
-#include <unistd.h>
+#include "client.h"
 
-enum { TIMEOUT_MS = 10000, MAX_FDS = 32, BODY_MAX = 4096 };
-
-// Commands and flags of the specification.
-enum {
-	VERSION = 1, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, GET_REGION_IO_FDS, GET_IRQ_INFO,
-	SET_IRQS, REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, DEVICE_RESET,
-};
-enum { F_REPLY = 1, F_NO_REPLY = 0x10, F_ERROR = 0x20 };
-
-struct header {
-	uint16_t id, cmd;
-	uint32_t size, flags, error;
-};
-
-struct dma_map {
-	uint32_t argsz, flags;
-	uint64_t offset, addr, size;
-};
-
-struct dma_unmap {
-	uint32_t argsz, flags;
-	uint64_t addr, size;
-};
-
-struct access {
-	uint64_t offset;
-	uint32_t region, count;
-};
-
-static int sock;
+int sock;
+uint8_t *ram;
+static int events[3];
 static uint16_t next_id;
 
-__attribute__((format(printf, 1, 2), noreturn)) static void die(const char *format, ...) {
+void die(const char *format, ...) {
 	va_list args;
 	va_start(args, format);
 	fprintf(stderr, "client: ");
@@ -85,7 +45,7 @@ static void dial(const char *path) {
 }
 
 // send_raw sends n bytes with descriptors; false when the server has gone.
-static bool send_raw(const void *p, size_t n, const int *fds, int nfds) {
+bool send_raw(const void *p, size_t n, const int *fds, int nfds) {
 	char control[CMSG_SPACE(MAX_FDS * sizeof(int))] = {0};
 	struct iovec v = {.iov_base = (void *)p, .iov_len = n};
 	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
@@ -111,7 +71,7 @@ static bool send_raw(const void *p, size_t n, const int *fds, int nfds) {
 }
 
 // recv_all returns false at the end of the session, and dies of silence.
-static bool recv_all(void *p, size_t n) {
+bool recv_all(void *p, size_t n) {
 	uint64_t until = now_ms() + TIMEOUT_MS;
 	for (char *at = p; n;) {
 		int64_t left = until - now_ms();
@@ -139,7 +99,11 @@ static bool send_message(uint16_t cmd, uint32_t flags, const void *body, size_t 
 // is in *error, or -2 at the end of the session.
 static int receive_reply(uint16_t cmd, void *body, size_t max, uint32_t *error) {
 	struct header h;
-	if (!recv_all(&h, sizeof h)) return -2;
+	do { // the server may ask something before it answers
+		if (!recv_all(&h, sizeof h)) return -2;
+		if ((h.flags & 0xf) == F_REPLY) break;
+	} while (serve_request(&h));
+	if ((h.flags & 0xf) != F_REPLY) return -2;
 	if (h.id != next_id || h.cmd != cmd || (h.flags & 0xf) != F_REPLY) die("command %u id %u was answered by command %u id %u flags %#x", cmd, next_id, h.cmd, h.id, h.flags);
 	if (h.size < sizeof h || h.size - sizeof h > max) die("the answer to command %u has %u bytes", cmd, h.size);
 	int n = h.size - sizeof h;
@@ -198,6 +162,8 @@ static void wr_flags(uint32_t region, uint64_t offset, uint32_t count, uint64_t 
 	if (n != sizeof a || memcmp(r, &a, sizeof a)) die("the write of region %u at %#lx was answered with %d bytes for another access", region, offset, n);
 }
 
+void wr(uint32_t region, uint64_t offset, uint32_t count, uint64_t v) { wr_flags(region, offset, count, v, false); }
+
 static uint32_t get(uint32_t offset) { return rd(VFIO_PCI_BAR0_REGION_INDEX, offset, 4); }
 static void set(uint32_t offset, uint32_t v) { wr_flags(VFIO_PCI_BAR0_REGION_INDEX, offset, 4, v, true); }
 
@@ -237,14 +203,14 @@ static void check_description(void) {
 		cap = c >> 8;
 	}
 	if (cap || seen != 3) die("the capability list shows %d MSI-X vectors after %d hops", seen, hops);
-	wr_flags(VFIO_PCI_CONFIG_REGION_INDEX, PCI_COMMAND, 2, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, false);
+	wr(VFIO_PCI_CONFIG_REGION_INDEX, PCI_COMMAND, 2, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
 }
 
 // The 82599 VF's registers and descriptors (Linux: ixgbevf/regs.h, defines.h).
 enum {
 	VTCTRL = 0x0, VTEIMS = 0x108, VTEIAC = 0x110, VTIVAR0 = 0x120, VFMBMEM = 0x200, VFMAILBOX = 0x2fc,
-	RDBAL = 0x1000, RDBAH = 0x1004, RDLEN = 0x1008, SRRCTL = 0x1014, RDT = 0x1018, RXDCTL = 0x1028,
-	TDBAL = 0x2000, TDBAH = 0x2004, TDLEN = 0x2008, TDT = 0x2018, TXDCTL = 0x2028,
+	RDBAL = 0x1000, RDBAH = 0x1004, RDLEN = 0x1008, RDH = 0x1010, SRRCTL = 0x1014, RDT = 0x1018, RXDCTL = 0x1028,
+	TDBAL = 0x2000, TDBAH = 0x2004, TDLEN = 0x2008, TDH = 0x2010, TDT = 0x2018, TXDCTL = 0x2028,
 	MB_REQ = 1, MB_ACK = 2, MB_VFU = 4, MB_PFSTS = 0x10, MB_PFACK = 0x20, MB_RSTD = 0x80,
 	VFGPRC = 0x101c, VFGPTC = 0x201c,
 	QUEUE_ENABLE = 1 << 25, RING = 32, FRAMES = 100, FRAME = 60,
@@ -257,9 +223,6 @@ struct descriptor {
 	uint64_t address;
 	uint32_t command, olinfo;
 };
-
-// Guest memory: rings and buffers at fixed places.
-enum { RAM = 1 << 20, RAM_AT = 0x100000, RX_RING = 0x1000, TX_RING = 0x2000, RX_BUFFERS = 0x10000, TX_BUFFERS = 0x40000 };
 
 static void reset_vf(uint8_t mac[6]) {
 	set(VTCTRL, 1 << 26);
@@ -279,15 +242,15 @@ static void reset_vf(uint8_t mac[6]) {
 
 // traffic sends frames and gets each of them back from the wire's other end,
 // which must exchange the addresses.
-static void traffic(volatile uint8_t *ram, const uint8_t mac[6], int event) {
+static void traffic(const uint8_t mac[6], int event) {
 	volatile struct descriptor *rx = (void *)(ram + RX_RING), *tx = (void *)(ram + TX_RING);
-	set(RDBAL, RAM_AT + RX_RING), set(RDBAH, 0), set(RDLEN, RING * 16);
+	set(RDBAL, RAM_AT + RX_RING), set(RDBAH, 0), set(RDLEN, RING * 16), set(RDH, 0), set(RDT, 0);
 	set(SRRCTL, 2 | 1 << 25); // 2 KiB, advanced descriptors
 	set(RXDCTL, QUEUE_ENABLE);
 	UNTIL(get(RXDCTL) & QUEUE_ENABLE);
 	for (int i = 0; i < RING; i++) rx[i] = (struct descriptor){RAM_AT + RX_BUFFERS + i * 2048, 0, 0};
 	set(RDT, RING - 1);
-	set(TDBAL, RAM_AT + TX_RING), set(TDBAH, 0), set(TDLEN, RING * 16);
+	set(TDBAL, RAM_AT + TX_RING), set(TDBAH, 0), set(TDLEN, RING * 16), set(TDH, 0), set(TDT, 0);
 	set(TXDCTL, QUEUE_ENABLE);
 	UNTIL(get(TXDCTL) & QUEUE_ENABLE);
 	set(VTIVAR0, 0x8080); // both queues 0: vector 0
@@ -329,30 +292,64 @@ static int memory(size_t size) {
 	return fd;
 }
 
-static void talk(void) {
+void drive(void) {
+	uint8_t mac[6];
+	reset_vf(mac);
+	traffic(mac, events[0]);
+}
+
+void bring_up(void) {
 	char r[BODY_MAX];
-	negotiate();
-	check_description();
 	int ram_fd = memory(RAM);
-	uint8_t *ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_SHARED, ram_fd, 0);
+	ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_SHARED, ram_fd, 0);
 	if (ram == MAP_FAILED) die("mmap: %m");
 	struct dma_map map = {sizeof map, VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE, 0, RAM_AT, RAM};
 	call(DMA_MAP, &map, sizeof map, &ram_fd, 1, r, sizeof r);
 	close(ram_fd); // the server has its own
 
-	int events[3];
 	for (int i = 0; i < 3; i++)
 		if ((events[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) die("eventfd: %m");
 	struct vfio_irq_set irqs = {sizeof irqs, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_PCI_MSIX_IRQ_INDEX, 0, 3};
 	call(SET_IRQS, &irqs, sizeof irqs, events, 3, r, sizeof r);
+	drive();
+}
 
-	uint8_t mac[6];
-	reset_vf(mac);
-	traffic(ram, mac, events[0]);
+// One write of REGION_WRITE_MULTI.
+struct one_write {
+	struct access a;
+	uint8_t data[8];
+};
+
+// write_multi has three registers written by one message, in their order.
+static void write_multi(void) {
+	struct {
+		uint64_t count;
+		struct one_write w[3];
+	} m = {3, {
+		{{VFMBMEM, VFIO_PCI_BAR0_REGION_INDEX, 4}, {0x11, 0x22, 0x33, 0x44}},
+		{{VFMBMEM + 4, VFIO_PCI_BAR0_REGION_INDEX, 8}, {1, 2, 3, 4, 5, 6, 7, 8}},
+		{{VFMBMEM, VFIO_PCI_BAR0_REGION_INDEX, 4}, {0x55, 0x66, 0x77, 0x88}},
+	}};
+	uint64_t done = 0;
+	set(VFMAILBOX, MB_VFU);
+	int n = call(REGION_WRITE_MULTI, &m, sizeof m, NULL, 0, &done, sizeof done);
+	if (n != sizeof done || done != m.count) die("REGION_WRITE_MULTI: %d bytes say that %lu of %lu writes were done", n, done, m.count);
+	uint32_t got[3];
+	for (int i = 0; i < 3; i++) got[i] = get(VFMBMEM + 4 * i);
+	if (got[0] != 0x88776655 || got[1] != 0x04030201 || got[2] != 0x08070605) die("REGION_WRITE_MULTI left %08x %08x %08x", got[0], got[1], got[2]);
+	set(VFMAILBOX, 0);
+}
+
+static void talk(void) {
+	char r[BODY_MAX];
+	negotiate();
+	check_description();
+	bring_up();
+	write_multi();
 
 	call(DEVICE_RESET, NULL, 0, NULL, 0, r, sizeof r);
 	if ((get(RXDCTL) | get(TXDCTL)) & QUEUE_ENABLE) die("the reset left RXDCTL %08x, TXDCTL %08x, TDLEN %u", get(RXDCTL), get(TXDCTL), get(TDLEN));
-	irqs = (struct vfio_irq_set){sizeof irqs, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_PCI_MSIX_IRQ_INDEX, 0, 0};
+	struct vfio_irq_set irqs = {sizeof irqs, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_PCI_MSIX_IRQ_INDEX, 0, 0};
 	call(SET_IRQS, &irqs, sizeof irqs, NULL, 0, r, sizeof r);
 	struct dma_unmap unmap = {sizeof unmap, 0, RAM_AT, RAM};
 	if (call(DMA_UNMAP, &unmap, sizeof unmap, NULL, 0, r, sizeof r) != sizeof unmap) die("DMA_UNMAP: size");
@@ -416,6 +413,15 @@ static const struct bad cases[] = {
 	{"write-no-data", .cmd = REGION_WRITE, BODY(struct access, 0, 0, 4)},
 	{"write-more-data", .cmd = REGION_WRITE, WORDS(0, 0, 0, 4, 1, 2)},
 	{"write-beyond", .cmd = REGION_WRITE, WORDS(0xffffff00, 0, 0, 4, 1)},
+	{"multi-short", .cmd = REGION_WRITE_MULTI, WORDS(1)},
+	{"multi-nothing", .cmd = REGION_WRITE_MULTI, WORDS(0, 0)},
+	{"multi-fewer", .cmd = REGION_WRITE_MULTI, WORDS(2, 0, VFMBMEM, 0, 0, 4, 1, 0)},
+	{"multi-more", .cmd = REGION_WRITE_MULTI, WORDS(1, 0, VFMBMEM, 0, 0, 4, 1, 0, VFMBMEM, 0, 0, 4, 1, 0)},
+	{"multi-cut", .cmd = REGION_WRITE_MULTI, WORDS(1, 0, VFMBMEM, 0, 0, 4, 1)},
+	{"multi-2^61", .cmd = REGION_WRITE_MULTI, WORDS(0, 1u << 29, VFMBMEM, 0, 0, 4, 1, 0)},
+	{"multi-9-bytes", .cmd = REGION_WRITE_MULTI, WORDS(1, 0, VFMBMEM, 0, 0, 9, 1, 0)},
+	{"multi-beyond", .cmd = REGION_WRITE_MULTI, WORDS(1, 0, 0xffffff00, 0, 0, 4, 1, 0)},
+	{"multi-second-beyond", .cmd = REGION_WRITE_MULTI, WORDS(2, 0, VFMBMEM, 0, 0, 4, 1, 0, VFMBMEM, 0, 77, 4, 1, 0)},
 	// Memory.
 	{"map-short", .cmd = DMA_MAP, WORDS(32, 3, 0)},
 	{"map-nothing", .cmd = DMA_MAP, BODY(struct dma_map, 32, 3, 0, 0x1000, 0), .nfds = 1},
@@ -499,17 +505,49 @@ static void bad(const char *name) {
 	}
 }
 
+// How long the server may take to end a session that does not go on.
+enum { STALL_MS = 30000 };
+
+static void stall(const char *name) {
+	struct header h = {1, VERSION, sizeof h + sizeof offer, 0, 0};
+	size_t n = 0;
+	if (!strcmp(name, "header")) {
+		n = sizeof h / 2;
+	} else if (!strcmp(name, "body")) {
+		n = sizeof h;
+	} else if (!strcmp(name, "negotiated")) {
+		negotiate();
+		h = (struct header){9, REGION_READ, sizeof h + sizeof(struct access), 0, 0};
+		n = sizeof h;
+	} else if (strcmp(name, "silent")) {
+		die("there is no case %s", name);
+	}
+	if (n && !send_raw(&h, n, NULL, 0)) die("the session is over already");
+	struct pollfd f = {.fd = sock, .events = POLLIN};
+	char c;
+	if (poll(&f, 1, STALL_MS) != 1) die("the server waits for more than %d ms", STALL_MS);
+	ssize_t k = recv(sock, &c, 1, 0);
+	if (k > 0) die("an answer to a part of a message");
+	printf("closed\n");
+}
+
 int main(int argc, char **argv) {
 	if (argc == 3 && !strcmp(argv[2], "cases")) {
 		for (int i = 0; i < CASES; i++) puts(cases[i].name);
 		return 0;
 	}
-	if (argc < 3) die("usage: client SOCKET talk | client SOCKET bad CASE | client - cases");
+	if (argc < 3) die("usage: client SOCKET talk | client SOCKET bad CASE | client SOCKET stall CASE | client SOCKET serve | client - cases");
 	dial(argv[1]);
 	if (!strcmp(argv[2], "talk")) {
 		talk();
 	} else if (!strcmp(argv[2], "bad") && argc == 4) {
 		bad(argv[3]);
+	} else if (!strcmp(argv[2], "stall") && argc == 4) {
+		stall(argv[3]);
+	} else if (!strcmp(argv[2], "serve")) {
+		negotiate();
+		check_description();
+		serve();
 	} else {
 		die("unknown mode %s", argv[2]);
 	}
