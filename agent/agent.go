@@ -58,7 +58,7 @@ type Host interface {
 	Settle(ctx context.Context) error
 	// Damage says in words what has happened to prepared VFs behind compsc's
 	// back, such as a PF that was given another number of VFs.
-	Damage(ctx context.Context) ([]string, error)
+	Damage(ctx context.Context) ([]host.Damage, error)
 	// Announce transmits a frame on the VF's network through its PF.
 	Announce(ctx context.Context, address string, frame []byte) error
 }

@@ -18,7 +18,7 @@ type fakeHost struct {
 	total    int
 	err      error
 	settled  int
-	damage   []string
+	damage   []host.Damage
 	// releaseError fails Release.
 	releaseError error
 	// answerError fails Answer; told hears of whatever it, or Prepare, changes.
@@ -100,7 +100,7 @@ func (h *fakeHost) Settle(context.Context) error {
 	return nil
 }
 
-func (h *fakeHost) Damage(context.Context) ([]string, error) {
+func (h *fakeHost) Damage(context.Context) ([]host.Damage, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.damage, nil

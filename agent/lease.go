@@ -198,13 +198,13 @@ func (a *agent) recover(ctx context.Context) {
 func (a *agent) releaseOrphans(ctx context.Context) error {
 	// In this order: a VF is leased before it is prepared, and released before
 	// its lease ends.
-	held, err := a.host.Held(ctx)
-	if err != nil || len(held) == 0 {
-		return err
+	held, unread := a.host.Held(ctx)
+	if len(held) == 0 {
+		return unread
 	}
 	var list coordinationv1.LeaseList
 	if err := a.live.List(ctx, &list, client.InNamespace(a.namespace), client.MatchingLabels{labelNode: a.node}); err != nil {
-		return fmt.Errorf("listing the VFs' leases: %w", err)
+		return errors.Join(unread, fmt.Errorf("listing the VFs' leases: %w", err))
 	}
 	leased := map[string]bool{}
 	for i := range list.Items {
@@ -212,7 +212,7 @@ func (a *agent) releaseOrphans(ctx context.Context) error {
 			leased[l.Annotations[annotationVF]] = true
 		}
 	}
-	var errs []error
+	errs := []error{unread}
 	for _, address := range held {
 		if leased[address] {
 			continue

@@ -38,18 +38,25 @@ func TestOrphansAreReleased(t *testing.T) {
 	if !s.from.host.has(vfA) {
 		t.Error("the VF of a pod was released")
 	}
+	// One entry of the journal that cannot be read keeps no other VF.
+	s.from.host.mu.Lock()
+	s.from.host.prepared[vfB] = ""
+	s.from.host.mu.Unlock()
+	if err := a.releaseOrphans(t.Context()); err == nil || !strings.Contains(err.Error(), "journal unreadable") || s.from.host.has(vfB) {
+		t.Errorf("%v; orphan %v", err, s.from.host.has(vfB))
+	}
 }
 
 func TestReconfiguredNodeIsReported(t *testing.T) {
 	s := boot(t)
 	s.from.kill()
 	a := s.from.agent
+	n := &v1alpha1.VFNode{}
 	condition := func() *metav1.Condition {
 		t.Helper()
 		if _, err := a.reconcileNode(t.Context(), ctrl.Request{}); err != nil {
 			t.Fatal(err)
 		}
-		n := &v1alpha1.VFNode{}
 		s.api(s.client.Get(t.Context(), client.ObjectKey{Name: "a"}, n))
 		return meta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionIntact)
 	}
@@ -58,10 +65,16 @@ func TestReconfiguredNodeIsReported(t *testing.T) {
 		t.Errorf("condition %+v", c)
 	}
 	s.from.host.mu.Lock()
-	s.from.host.damage = []string{"VF x: it was removed", "VF y: too"}
+	s.from.host.damage = []host.Damage{{VF: vfA, What: strings.Repeat("long ", 2000)}, {VF: vfB, What: "it was removed"}, {VF: vfB, What: "too"}}
 	s.from.host.mu.Unlock()
-	if c := condition(); c.Status != metav1.ConditionFalse || c.Reason != v1alpha1.ReasonReconfigured || !strings.Contains(c.Message, "VF x: it was removed; VF y: too") {
+	if c := condition(); c.Status != metav1.ConditionFalse || c.Reason != v1alpha1.ReasonReconfigured || !strings.Contains(c.Message, "VF "+vfA+": long") {
 		t.Errorf("condition %+v", c)
+	}
+	// However much there is to say of one VF, what is said of the others is whole.
+	for _, vf := range n.Status.PFs[0].VFs {
+		if vf.Address == vfA && len(vf.Damage) != maxDamage || vf.Address == vfB && vf.Damage != "it was removed; too" {
+			t.Errorf("VF %s: damage %.40q of %d bytes", vf.Address, vf.Damage, len(vf.Damage))
+		}
 	}
 	if s.from.host.settled == 0 {
 		t.Error("what was left was never finished")

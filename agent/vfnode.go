@@ -57,7 +57,8 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 		c.ObservedGeneration = n.Generation
 		meta.SetStatusCondition(&n.Status.Conditions, c)
 	}
-	meta.SetStatusCondition(&n.Status.Conditions, a.intact(ctx, n.Generation))
+	intact, damage := a.intact(ctx, n.Generation)
+	meta.SetStatusCondition(&n.Status.Conditions, intact)
 	n.Status.PeerAddress, n.Status.AgentVersion = a.advertise, a.version
 	n.Status.Protocols = &v1alpha1.ProtocolRange{Oldest: protocol.Oldest, Newest: protocol.Newest}
 	n.Status.PFs = nil
@@ -65,7 +66,7 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 		s := v1alpha1.PFStatus{Name: p.Name, Backend: p.Backend, Address: p.Address,
 			Driver: p.Driver, DriverVersion: p.DriverVersion, FirmwareVersion: p.Firmware}
 		for _, v := range p.VFs {
-			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID, Family: v.Family, Obstacle: cut(v.Obstacle, maxMessage)}
+			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID, Family: v.Family, Obstacle: cut(v.Obstacle, maxMessage), Damage: cut(damage[v.Address], maxDamage)}
 			vf.Holder, vf.Epoch = holderShown(leases[v.Address])
 			s.VFs = append(s.VFs, vf)
 		}
@@ -88,22 +89,37 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 	return ctrl.Result{RequeueAfter: min(findingsAge, a.limits.look)}, nil
 }
 
+// maxDamage bounds what a VFNode says of the damage to one of its VFs, of which
+// it may have hundreds.
+const maxDamage = 1024
+
 // intact tells whether the VFs in use are as they were prepared, after it has
-// finished what could not be finished before.
-func (a *agent) intact(ctx context.Context, generation int64) metav1.Condition {
+// finished what could not be finished before, and what happened to each that is
+// not, by PCI address.
+func (a *agent) intact(ctx context.Context, generation int64) (metav1.Condition, map[string]string) {
 	c := metav1.Condition{Type: v1alpha1.ConditionIntact, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionIntact,
 		Message: "the VFs in use are as they were prepared", ObservedGeneration: generation}
 	if err := a.host.Settle(ctx); err != nil {
 		a.log.Warn("VFs that were released are not back as they were", "error", err)
 	}
-	damage, err := a.host.Damage(ctx)
-	switch {
-	case err != nil:
+	list, err := a.host.Damage(ctx)
+	if err != nil {
 		c.Status, c.Reason, c.Message = metav1.ConditionUnknown, v1alpha1.ReasonInventoryFailed, cut(err.Error(), maxMessage)
-	case len(damage) > 0:
-		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonReconfigured, cut(strings.Join(damage, "; "), maxMessage)
+		return c, nil
 	}
-	return c
+	var all []string
+	of := map[string]string{}
+	for _, d := range list {
+		all = append(all, d.String())
+		if of[d.VF] != "" {
+			of[d.VF] += "; "
+		}
+		of[d.VF] += d.What
+	}
+	if len(all) > 0 {
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonReconfigured, cut(strings.Join(all, "; "), maxMessage)
+	}
+	return c, of
 }
 
 // holderShown is a lease's holder as a VFNode shows it.

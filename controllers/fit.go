@@ -32,18 +32,23 @@ func vfsOf(n *v1alpha1.VFNode, holder string) []placedVF {
 	return out
 }
 
-// checkIntact refuses when VFs that the VM has were changed or taken away.
+// checkIntact refuses when VFs that the VM has were changed or taken away, or
+// nobody knows whether they were.
 func checkIntact(n *v1alpha1.VFNode, held []placedVF) error {
 	c := meta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionIntact)
-	if c == nil || c.Status != metav1.ConditionFalse {
-		return nil
+	if c != nil && c.Status == metav1.ConditionUnknown {
+		return refuse(v1alpha1.ReasonDeviceUnavailable, "whether the VFs on the source node %s are as they were prepared is not known: %s", n.Name, c.Message)
 	}
+	var damaged []string
 	for _, vf := range held {
-		if strings.Contains(c.Message, vf.Address) {
-			return refuse(v1alpha1.ReasonDeviceUnavailable, "VFs on the source node %s are not as they were prepared: %s", n.Name, c.Message)
+		if vf.Damage != "" {
+			damaged = append(damaged, fmt.Sprintf("VF %s: %s", vf.Address, vf.Damage))
 		}
 	}
-	return nil
+	if len(damaged) == 0 {
+		return nil
+	}
+	return refuse(v1alpha1.ReasonDeviceUnavailable, "VFs on the source node %s are not as they were prepared: %s", n.Name, strings.Join(damaged, "; "))
 }
 
 // fitting is what came of looking for VFs that the VM's could move to.
@@ -126,6 +131,8 @@ func blocks(from, to placedVF) string {
 	switch {
 	case to.Obstacle != "":
 		return "cannot be used: " + to.Obstacle
+	case to.Damage != "":
+		return "cannot be used: " + to.Damage
 	case from.Family != "" && to.Family != "" && from.Family != to.Family:
 		return fmt.Sprintf("is of family %s, the VM's VF %s of family %s", to.Family, from.Address, from.Family)
 	case from.pf.Driver != "" && to.pf.Driver != "" && from.pf.Driver != to.pf.Driver:

@@ -44,8 +44,13 @@ func TestPreflightOfRealVFs(t *testing.T) {
 		"another family":              {func(f *fixture) { target(f).VFs[0].Family, target(f).VFs[1].Family = "x", "x" }, v1alpha1.ReasonIncompatible, "is of family x, the VM's VF 0000:01:10.0 of family igbvf"},
 		"in use, the other of no use": {func(f *fixture) { target(f).VFs[0].Holder, target(f).VFs[1].Obstacle = "vms/x", noIOMMU }, v1alpha1.ReasonIncompatible, "VF 0000:01:10.2 cannot be used"},
 		"all in use":                  {func(f *fixture) { f.occupied() }, v1alpha1.ReasonNoFreeVF, "0 free of 1 needed with device ID 8086:10ca"},
-		"other VFs changed":           {func(f *fixture) { damaged(f, "VF 0000:01:10.2: it was removed") }, "", "Everything known beforehand allows the migration."},
-		"the VM's VF gone":            {func(f *fixture) { damaged(f, "VF 0000:01:10.0: it was removed") }, v1alpha1.ReasonDeviceUnavailable, "VFs on the source node node-a are not as they were prepared: VF 0000:01:10.0: it was removed"},
+		"other VFs changed":           {func(f *fixture) { damaged(f, 1, "it was removed") }, "", "Everything known beforehand allows the migration."},
+		"the VM's VF gone":            {func(f *fixture) { damaged(f, 0, "it was removed") }, v1alpha1.ReasonDeviceUnavailable, "VFs on the source node node-a are not as they were prepared: VF 0000:01:10.0: it was removed"},
+		"nobody knows whether the VM's VF is there": {func(f *fixture) {
+			f.vfnodes["node-a"].Status.Conditions = append(f.vfnodes["node-a"].Status.Conditions,
+				metav1.Condition{Type: v1alpha1.ConditionIntact, Status: metav1.ConditionUnknown, Reason: v1alpha1.ReasonInventoryFailed, Message: "journal: no such directory"})
+		}, v1alpha1.ReasonDeviceUnavailable, "is not known: journal: no such directory"},
+		"the target's are damaged": {func(f *fixture) { target(f).VFs[0].Damage, target(f).VFs[1].Damage = "x", "y" }, v1alpha1.ReasonIncompatible, "VF 0000:01:10.2 cannot be used: y"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := realNodes(newFixture())
@@ -73,9 +78,13 @@ func TestPreflightOfRealVFs(t *testing.T) {
 	}
 }
 
-func damaged(f *fixture, message string) {
-	f.vfnodes["node-a"].Status.Conditions = append(f.vfnodes["node-a"].Status.Conditions,
-		metav1.Condition{Type: v1alpha1.ConditionIntact, Status: metav1.ConditionFalse, Reason: v1alpha1.ReasonReconfigured, Message: message})
+// damaged has node-a tell of damage to one of its VFs, and of more than a
+// condition's message has room for.
+func damaged(f *fixture, vf int, what string) {
+	n := f.vfnodes["node-a"]
+	n.Status.Conditions = append(n.Status.Conditions,
+		metav1.Condition{Type: v1alpha1.ConditionIntact, Status: metav1.ConditionFalse, Reason: v1alpha1.ReasonReconfigured, Message: "VF 0000:0f:10.0: much, ..."})
+	n.Status.PFs[0].VFs[vf].Damage = what
 }
 
 // Two VFs do not move to one.

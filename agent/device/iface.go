@@ -115,25 +115,33 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 	if err != nil {
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
-	i.dma.Lock()
-	defer i.dma.Unlock()
-	if err := i.reachAll(s); err != nil {
+	if err := i.take(h, dt, s, memory); err != nil {
 		s.Close()
 		return fmt.Errorf("VF %s: %w", h.VF, err)
 	}
+	i.log.Info("VF attached", "vf", h.VF, "role", h.Role, "epoch", h.Epoch, "queuePairs", len(dt.family.Queues())/2)
+	return nil
+}
+
+// take drives the silicon from now on, unless it fails.
+func (i *iface) take(h handoff.Handoff, dt deviceType, s silicon, memory dirty.Tracked) error {
 	vf := &attachedVF{handoff: h, device: dt, silicon: s}
 	if err := vf.checkFastPath(); err != nil {
-		s.Close()
-		return fmt.Errorf("VF %s: interface %s: %w", h.VF, h.Interface, err)
+		return fmt.Errorf("interface %s: %w", h.Interface, err)
 	}
 	vf.engine = compsc.New(dt.family, s, compsc.Options{
 		VendorID: dt.vendor, DeviceID: dt.device, Memory: memory, Scratch: s.Scratch(), Direct: h.FastPath, Logger: i.log})
 	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
 	defer cancel()
-	// A VF may come with what a previous tenant left in it.
+	// A VF may come with what a previous tenant left in it: it reaches nothing
+	// of the guest's memory before that is gone.
 	if err := vf.engine.Scrub(ctx); err != nil {
-		s.Close()
-		return fmt.Errorf("VF %s: %w", h.VF, err)
+		return err
+	}
+	i.dma.Lock()
+	defer i.dma.Unlock()
+	if err := i.reachAll(s); err != nil {
+		return err
 	}
 	n := dt.family.Interrupts().Vectors
 	i.mu.Lock()
@@ -142,7 +150,6 @@ func (i *iface) attach(h handoff.Handoff, files []*os.File) error {
 	i.config = newPCIConfig(dt.vendor, dt.device, n)
 	i.vectors = make([]*vfiouser.Eventfd, n)
 	i.missed = make([]bool, n)
-	i.log.Info("VF attached", "vf", h.VF, "role", h.Role, "epoch", h.Epoch, "queuePairs", len(dt.family.Queues())/2)
 	return nil
 }
 

@@ -38,6 +38,7 @@ type kernelModel struct {
 	id       [4]byte
 	request  int      // eventfd
 	bar      *os.File // nil: BAR0 cannot be mapped
+	onMap    func()
 }
 
 // barAt is where BAR0 begins in the file that it can be mapped by.
@@ -118,6 +119,9 @@ func (k *kernelModel) Map(iova uint64, mem []byte, _, _ bool) error {
 		return k.mapError
 	}
 	k.note("map %#x", iova)
+	if k.onMap != nil {
+		k.onMap()
+	}
 	k.mapped[iova] = mem
 	return nil
 }
@@ -183,6 +187,37 @@ func vfioIface(t *testing.T, k *kernelModel) *iface {
 	i.vectors, i.missed = make([]*vfiouser.Eventfd, k.Vectors()), make([]bool, k.Vectors())
 	t.Cleanup(i.close)
 	return i
+}
+
+// What a previous tenant left running in a VF never reaches the guest's memory.
+func TestScrubbedBeforeItReachesMemory(t *testing.T) {
+	k := newKernelModel(t)
+	i := vfioIface(t, k)
+	v := i.vf.silicon
+	i.vf, i.vectors, i.missed = nil, nil, nil
+	if err := mapRAM(t, i, 0, ramSize); err != nil {
+		t.Fatal(err)
+	}
+	const enable = 1 << 25 // RXDCTL.ENABLE and TXDCTL.ENABLE
+	on := func() uint32 { return (k.Read(ixgbevf.VFRXDCTL(0)) | k.Read(ixgbevf.VFTXDCTL(0))) & enable }
+	k.Write(ixgbevf.VFRXDCTL(0), enable)
+	k.Write(ixgbevf.VFTXDCTL(0), enable)
+	if on() == 0 {
+		t.Fatal("the previous tenant's queues are off")
+	}
+	mapped := false
+	k.onMap = func() {
+		mapped = true
+		if on() != 0 {
+			t.Error("the VF reaches the guest's memory with queues on that are not the guest's")
+		}
+	}
+	if err := i.take(handoff.Handoff{VF: "0000:01:10.0"}, deviceTypes["8086:10ed"], v, dirty.Tracked{Memory: &i.memory, Pages: &i.pages}); err != nil {
+		t.Fatal(err)
+	}
+	if !mapped {
+		t.Error("the VF does not reach the guest's memory")
+	}
 }
 
 func ramFile(t *testing.T, size int64) *os.File {

@@ -95,6 +95,17 @@ type Prepared struct {
 	Files []*os.File
 }
 
+// Damage is something that happened to a prepared VF behind compsc's back.
+type Damage struct {
+	// VF is its PCI address.
+	VF string
+	// What says in words what happened, and what to do.
+	What string
+}
+
+// String names the VF.
+func (d Damage) String() string { return "VF " + d.VF + ": " + d.What }
+
 // Close closes the VF's files; whoever they were passed to keeps his own.
 func (p *Prepared) Close() {
 	for _, f := range p.Files {

@@ -258,7 +258,7 @@ func (m *Model) Held(context.Context) ([]string, error) { return nil, nil }
 func (m *Model) Settle(context.Context) error { return nil }
 
 // Damage finds nothing: nobody else changes a model.
-func (m *Model) Damage(context.Context) ([]string, error) { return nil, nil }
+func (m *Model) Damage(context.Context) ([]Damage, error) { return nil, nil }
 
 // Answer does nothing: a modelled VF answers while it is enabled, and never
 // otherwise.

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"compsc.io/compsc/agent/host/journal"
 	"compsc.io/compsc/agent/vfio"
 )
@@ -41,7 +43,7 @@ type SRIOV struct {
 	journal  *journal.Journal
 	links    links
 	open     func(VF, sysfs) (api string, files []*os.File, err error)
-	inUse    func(VF) bool
+	inUse    func(VF, sysfs) (bool, error)
 	boot     string
 
 	mu sync.Mutex
@@ -66,7 +68,7 @@ func NewSRIOV(o SRIOVOptions) (*SRIOV, error) {
 	if err != nil {
 		return nil, fmt.Errorf("boot id: %w", err)
 	}
-	return &SRIOV{sys: sysfs{o.Sysfs, setAttribute}, families: o.Families, only: o.PFs, journal: j, links: rtnetlink{}, open: openVFIO, inUse: inUse, boot: boot}, nil
+	return &SRIOV{sys: newSysfs(o.Sysfs), families: o.Families, only: o.PFs, journal: j, links: rtnetlink{}, open: openVFIO, inUse: inUse, boot: boot}, nil
 }
 
 // openVFIO opens a VF that is bound to vfio-pci, by its cdev where the kernel
@@ -76,20 +78,50 @@ func openVFIO(v VF, s sysfs) (string, []*os.File, error) {
 	if err != nil {
 		return "", nil, err
 	}
+	if cdev != "" {
+		// Without it there may be a group.
+		err = s.makeIOMMU(vfio.IOMMUNode, unix.Mknod)
+	}
 	if cdev != "" && vfio.HasIOMMUFD() {
 		files, err := vfio.OpenCdev(cdev)
 		return string(vfio.IOMMUFD), files, err
 	}
-	files, err := vfio.OpenGroup(v.IOMMUGroup, v.Address)
-	return string(vfio.Group), files, err
+	files, noGroup := vfio.OpenGroup(v.IOMMUGroup, v.Address)
+	if noGroup != nil {
+		return "", nil, errors.Join(noGroup, err)
+	}
+	return string(vfio.Group), files, nil
 }
 
 // inUse tells whether a process uses a VF that is bound to vfio-pci, by way of
-// whichever interface: the kernel lets nobody open its group then.
-func inUse(v VF) bool {
-	files, err := vfio.OpenGroup(v.IOMMUGroup, v.Address)
+// whichever interface: the kernel lets nobody open its group then, and where
+// it has no groups (CONFIG_VFIO_GROUP=n), nobody bind its cdev. An error says
+// that it cannot be told.
+func inUse(v VF, s sysfs) (bool, error) { return probeUse(v, s, vfio.OpenGroup, vfio.ProbeCdev) }
+
+func probeUse(v VF, s sysfs, openGroup func(int, string) ([]*os.File, error), probeCdev func(string) error) (bool, error) {
+	files, err := openGroup(v.IOMMUGroup, v.Address)
 	(&Prepared{Files: files}).Close()
-	return errors.Is(err, vfio.ErrBusy)
+	if errors.Is(err, fs.ErrNotExist) {
+		cdev, cerr := s.cdev(v.Address)
+		switch {
+		case cerr != nil:
+			err = cerr
+		case cdev == "":
+			err = fmt.Errorf("%w, and it has no device cdev either", err)
+		default:
+			if err = s.makeIOMMU(vfio.IOMMUNode, unix.Mknod); err == nil {
+				err = probeCdev(cdev)
+			}
+		}
+	}
+	if errors.Is(err, vfio.ErrBusy) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("whether a process uses it cannot be told: %w", err)
+	}
+	return false, nil
 }
 
 // Inventory returns the PFs that have VFs of the families.
@@ -329,8 +361,9 @@ func (h *SRIOV) rebind(ctx context.Context, e journal.Entry) error {
 		if err != nil {
 			return err
 		}
-		if h.inUse(VF{Address: e.VF, IOMMUGroup: group}) {
-			return nil
+		used, err := h.inUse(VF{Address: e.VF, IOMMUGroup: group}, h.sys)
+		if err != nil || used {
+			return err
 		}
 	}
 	if err := h.sys.bind(ctx, e.VF, e.Driver, e.Override); err != nil {
@@ -361,7 +394,8 @@ func (h *SRIOV) Settle(ctx context.Context) error {
 }
 
 // Held lists the VFs that were prepared and not released, also by an agent
-// before this one.
+// before this one. An error names the entries of the journal that cannot be
+// read; the list has all others.
 func (h *SRIOV) Held(context.Context) ([]string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -370,43 +404,45 @@ func (h *SRIOV) Held(context.Context) ([]string, error) {
 		return nil, err
 	}
 	var out []string
+	var errs []error
 	for _, address := range list {
 		e, ok, err := h.journal.Load(address)
 		if err != nil {
-			return nil, err
-		}
-		if ok && !e.Released {
+			errs = append(errs, err)
+		} else if ok && !e.Released {
 			out = append(out, address)
 		}
 	}
-	return out, nil
+	return out, errors.Join(errs...)
 }
 
-// Damage says in words what has happened to prepared VFs behind compsc's back:
-// VFs that are gone, PFs with another number of VFs, drivers and addresses
-// that somebody changed. Those VMs cannot be moved, and may have lost their
-// network.
-func (h *SRIOV) Damage(ctx context.Context) ([]string, error) {
-	held, err := h.Held(ctx)
+// Damage says what has happened to prepared VFs behind compsc's back: VFs that
+// are gone, PFs with another number of VFs, drivers and addresses that
+// somebody changed, and what was written of them that cannot be read. Those
+// VMs cannot be moved, and may have lost their network.
+func (h *SRIOV) Damage(context.Context) ([]Damage, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	list, err := h.journal.List()
 	if err != nil {
 		return nil, err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var out []string
-	for _, address := range held {
+	var out []Damage
+	for _, address := range list {
 		e, ok, err := h.journal.Load(address)
-		if err != nil || !ok {
-			return nil, err
+		switch {
+		case err != nil:
+			out = append(out, Damage{address, err.Error()})
+		case ok && !e.Released:
+			out = append(out, h.damage(e)...)
 		}
-		out = append(out, h.damage(e)...)
 	}
 	return out, nil
 }
 
-func (h *SRIOV) damage(e journal.Entry) (out []string) {
+func (h *SRIOV) damage(e journal.Entry) (out []Damage) {
 	say := func(format string, args ...any) {
-		out = append(out, "VF "+e.VF+": "+fmt.Sprintf(format, args...))
+		out = append(out, Damage{e.VF, fmt.Sprintf(format, args...)})
 	}
 	if node, err := h.sys.node(e.VF); errors.Is(err, fs.ErrNotExist) {
 		say("it was removed while it was in use; restart the pod that holds it")
@@ -443,10 +479,10 @@ func (h *SRIOV) damage(e journal.Entry) (out []string) {
 }
 
 // Announce transmits a frame on the VF's network, in its port VLAN if it has
-// one, so that switches learn where its sender is.
+// one, so that switches learn where its sender is. It changes nothing, and
+// waits for no VF that is being prepared or released: a VM that has just moved
+// is out of reach until it is through.
 func (h *SRIOV) Announce(_ context.Context, address string, frame []byte) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	if len(frame) < 14 || len(frame) > 1514 {
 		return fmt.Errorf("VF %s: a frame of %d bytes to announce", address, len(frame))
 	}

@@ -202,12 +202,12 @@ func TestNodeReconfigured(t *testing.T) {
 	p.Close()
 	setVFs(t, 0)
 	damage, err := h.Damage(t.Context())
-	if err != nil || len(damage) != 1 || !strings.Contains(damage[0], "was removed") {
+	if err != nil || len(damage) != 1 || !strings.Contains(damage[0].What, "was removed") {
 		t.Errorf("damage %q (%v)", damage, err)
 	}
 	setVFs(t, nodeVFs)
 	damage, err = h.Damage(t.Context())
-	if err != nil || len(damage) != 1 || !strings.Contains(damage[0], "another is in its place") {
+	if err != nil || len(damage) != 1 || !strings.Contains(damage[0].What, "another is in its place") {
 		t.Errorf("damage %q (%v)", damage, err)
 	}
 	before := look(t, h, v)

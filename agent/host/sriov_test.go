@@ -9,12 +9,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/agent/host/journal"
+	"compsc.io/compsc/agent/vfio"
 )
 
 // fakeNode is a node with a fabricated sysfs, whose kernel binds and unbinds
@@ -27,6 +30,7 @@ type fakeNode struct {
 	refuse     map[string]error // settings that the PF's driver refuses
 	unbindable bool             // vfio-pci does not bind
 	used       map[string]bool  // VFs that a process has open
+	useError   error            // what keeps one from telling that
 	openError  error
 	calls      []string
 	sent       [][]byte
@@ -139,7 +143,7 @@ func (n *fakeNode) host() *SRIOV {
 	h, err := NewSRIOV(SRIOVOptions{Sysfs: n.root, Journal: filepath.Join(n.root, "journal"), Families: map[string]string{"8086:10ca": "igbvf"}})
 	n.must(err)
 	h.sys.set, h.links, h.boot = n.set, n, "this boot"
-	h.inUse = func(v VF) bool { return n.used[v.Address] }
+	h.inUse = func(v VF, _ sysfs) (bool, error) { return n.used[v.Address], n.useError }
 	h.open = func(v VF, _ sysfs) (string, []*os.File, error) {
 		if n.openError != nil {
 			return "", nil, n.openError
@@ -388,6 +392,15 @@ func TestSRIOVReleaseUnderAProcess(t *testing.T) {
 		t.Errorf("held: %v (%v)", held, err)
 	}
 	delete(n.used, vf0)
+	// Nor when nobody can tell.
+	n.useError = unix.EACCES
+	if err := n.host().Settle(t.Context()); !errors.Is(err, unix.EACCES) {
+		t.Errorf("settled with %v", err)
+	}
+	if d, _ := n.host().sys.link(n.path("bus/pci/devices/" + vf0 + "/driver")); d != vfioPCI {
+		t.Errorf("bound to %q, perhaps under a process that uses it", d)
+	}
+	n.useError = nil
 	n.must(n.host().Settle(t.Context()))
 	if after := n.picture(vf0, 0); after != before {
 		t.Errorf("was %s\nis  %s", before, after)
@@ -421,7 +434,7 @@ func TestSRIOVReconfigured(t *testing.T) {
 			c.change(n)
 			got, err := n.host().Damage(t.Context())
 			n.must(err)
-			if c.want == "" && len(got) > 0 || c.want != "" && (len(got) == 0 || !strings.Contains(got[0], c.want)) {
+			if c.want == "" && len(got) > 0 || c.want != "" && (len(got) == 0 || got[0].VF != vf0 || !strings.Contains(got[0].What, c.want)) {
 				t.Errorf("damage %q, want %q in it", got, c.want)
 			}
 			if name != "VFs removed" && name != "VFs made anew" {
@@ -485,6 +498,18 @@ func TestSRIOVAnnounce(t *testing.T) {
 	if d := cmp.Diff(want, n.sent); d != "" {
 		t.Errorf("sent (-want +got):\n%s", d)
 	}
+	// It waits for no VF that is being bound meanwhile.
+	h := n.host()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	done := make(chan error, 1)
+	go func() { done <- h.Announce(t.Context(), vf0, frame) }()
+	select {
+	case err := <-done:
+		n.must(err)
+	case <-time.After(10 * time.Second):
+		t.Error("an announcement waits for a VF that is being bound")
+	}
 	if n.host().Announce(t.Context(), vf0, frame[:13]) == nil || n.host().Announce(t.Context(), pf0, frame) == nil {
 		t.Error("announced what is no frame, or no VF")
 	}
@@ -495,16 +520,116 @@ func TestSRIOVWriteIsBounded(t *testing.T) {
 	n := newFakeNode(t)
 	h := n.host()
 	release := make(chan struct{})
-	defer close(release)
+	var began atomic.Int32
 	h.sys.set = func(path, value string) error {
 		if filepath.Base(path) == "unbind" {
+			began.Add(1)
 			<-release
+			n.bound(value, "")
+			return nil
 		}
 		return setAttribute(path, value)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := h.sys.bind(ctx, vf0, vfioPCI, vfioPCI); !errors.Is(err, context.Canceled) {
-		t.Errorf("bound with %v", err)
+	for range 3 {
+		if err := h.sys.bind(ctx, vf0, vfioPCI, vfioPCI); !errors.Is(err, context.Canceled) {
+			t.Errorf("bound with %v", err)
+		}
+	}
+	// Nor does trying again leave one more behind each time, and who waits for
+	// what was begun before finds it done.
+	h.sys.set = func(path, value string) error {
+		if filepath.Base(path) == "unbind" {
+			began.Add(1)
+		}
+		return n.set(path, value)
+	}
+	go close(release)
+	n.must(h.sys.bind(t.Context(), vf0, vfioPCI, vfioPCI))
+	if got := began.Load(); got != 1 {
+		t.Errorf("the kernel was told %d times to unbind the VF", got)
+	}
+}
+
+// Where the kernel has no groups, the cdev tells whether a process uses a VF,
+// and where neither is there it is not taken for unused.
+func TestSRIOVInUse(t *testing.T) {
+	n := newFakeNode(t)
+	with, without := t.TempDir(), t.TempDir()
+	n.must(os.MkdirAll(filepath.Join(with, "bus/pci/devices", vf0, "vfio-dev/vfio4"), 0o755))
+	for name, c := range map[string]struct {
+		sysfs       string
+		group, cdev error
+		used        bool
+		want        string
+	}{
+		"group, unused":        {without, nil, nil, false, ""},
+		"group, used":          {without, fmt.Errorf("x: %w", vfio.ErrBusy), nil, true, ""},
+		"group, not viable":    {with, errors.New("not viable"), nil, false, "not viable"},
+		"cdev, unused":         {with, unix.ENOENT, nil, false, ""},
+		"cdev, used":           {with, unix.ENOENT, fmt.Errorf("x: %w", vfio.ErrBusy), true, ""},
+		"cdev without iommufd": {with, unix.ENOENT, unix.ENOENT, false, "cannot be told"},
+		"neither":              {without, unix.ENOENT, nil, false, "no device cdev either"},
+	} {
+		used, err := probeUse(VF{Address: vf0, IOMMUGroup: 20}, newSysfs(c.sysfs),
+			func(int, string) ([]*os.File, error) { return nil, c.group },
+			func(cdev string) error {
+				if cdev != "vfio4" {
+					t.Errorf("%s: cdev %q", name, cdev)
+				}
+				return c.cdev
+			})
+		if used != c.used || (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: used %v (%v), want %v with %q", name, used, err, c.used, c.want)
+		}
+	}
+}
+
+// An entry of the journal that cannot be read costs that VF alone.
+func TestSRIOVDamagedJournal(t *testing.T) {
+	n := newFakeNode(t)
+	for _, a := range []string{vf0, vf1} {
+		p, err := n.host().Prepare(t.Context(), Request{Address: a})
+		n.must(err)
+		p.Close()
+	}
+	n.must(os.WriteFile(filepath.Join(n.root, "journal", vf0+".json"), []byte("{"), 0o600))
+	held, err := n.host().Held(t.Context())
+	if !slices.Equal(held, []string{vf1}) || err == nil || !strings.Contains(err.Error(), vf0+".json") {
+		t.Errorf("held %v (%v), want %s, and an error that names the other's file", held, err, vf1)
+	}
+	damage, err := n.host().Damage(t.Context())
+	if err != nil || len(damage) != 1 || damage[0].VF != vf0 || !strings.Contains(damage[0].What, "put the VF back by hand") {
+		t.Errorf("damage %q (%v)", damage, err)
+	}
+	n.must(n.host().Release(t.Context(), vf1))
+	if err := n.host().Release(t.Context(), vf0); err == nil {
+		t.Error("a VF was released whose original settings nobody knows")
+	}
+}
+
+// A container that began before iommufd was loaded gets its device node.
+func TestSRIOVMakesIOMMU(t *testing.T) {
+	n := newFakeNode(t)
+	at := n.path("dev-iommu")
+	var made []string
+	ensure := func() error {
+		return n.host().sys.makeIOMMU(at, func(path string, mode uint32, dev int) error {
+			made = append(made, fmt.Sprintf("%s %#o %d:%d", filepath.Base(path), mode, unix.Major(uint64(dev)), unix.Minor(uint64(dev))))
+			return os.WriteFile(path, nil, 0o600)
+		})
+	}
+	n.must(ensure()) // no iommufd in this kernel
+	n.mkdir("class/misc/iommu")
+	n.attr("class/misc/iommu/dev", "x")
+	if err := ensure(); err == nil || len(made) > 0 {
+		t.Errorf("made %q of no device numbers (%v)", made, err)
+	}
+	n.attr("class/misc/iommu/dev", "10:125")
+	n.must(ensure())
+	n.must(ensure())
+	if want := []string{"dev-iommu 020600 10:125"}; !slices.Equal(made, want) {
+		t.Errorf("made %q, want %q", made, want)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,18 @@ type sysfs struct {
 	root string
 	// set writes an attribute, as the kernel takes it: at once and whole.
 	set func(path, value string) error
+	// begun has the writes that the kernel has not finished.
+	begun *writes
+}
+
+// writes are writes of attributes that nobody could wait for to the end.
+type writes struct {
+	mu sync.Mutex
+	of map[string]chan struct{} // closed when done, by path and value
+}
+
+func newSysfs(root string) sysfs {
+	return sysfs{root: root, set: setAttribute, begun: &writes{of: map[string]chan struct{}{}}}
 }
 
 func setAttribute(path, value string) error {
@@ -195,6 +208,30 @@ func (s sysfs) cdev(address string) (string, error) {
 	return entries[0].Name(), nil
 }
 
+// makeIOMMU makes the device node of the kernel's iommufd at path, if the
+// kernel has one and it is not there: a container sees only the devices that
+// the node had when it was started, and the module may be loaded later.
+func (s sysfs) makeIOMMU(path string, mknod func(path string, mode uint32, dev int) error) error {
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	t, err := s.text(filepath.Join(s.root, "class/misc/iommu/dev"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(t, "%d:%d", &major, &minor); err != nil {
+		return fmt.Errorf("the device of iommufd is %.32q: %w", t, err)
+	}
+	if err := mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(major, minor))); err != nil {
+		return fmt.Errorf("making %s: %w", path, err)
+	}
+	return nil
+}
+
 // vfioPCI is the driver that gives a function to a process.
 const vfioPCI = "vfio-pci"
 
@@ -257,12 +294,36 @@ func (s sysfs) setOverride(address, driver string) error {
 }
 
 // write writes an attribute for as long as unbindTimeout and ctx allow. What
-// the kernel has begun goes on behind.
+// the kernel has begun goes on behind; whoever asks for the same once more
+// waits for that, and does not begin it again.
 func (s sysfs) write(ctx context.Context, path, value string) error {
 	ctx, cancel := context.WithTimeout(ctx, unbindTimeout)
 	defer cancel()
+	key := path + "=" + value
+	s.begun.mu.Lock()
+	before, going := s.begun.of[key]
+	if going {
+		s.begun.mu.Unlock()
+		select {
+		case <-before:
+			// What came of it is seen by looking.
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("the kernel has not finished what it began before: %w", ctx.Err())
+		}
+	}
+	over := make(chan struct{})
+	s.begun.of[key] = over
+	s.begun.mu.Unlock()
 	done := make(chan error, 1)
-	go func() { done <- s.set(path, value) }()
+	go func() {
+		err := s.set(path, value)
+		s.begun.mu.Lock()
+		delete(s.begun.of, key)
+		s.begun.mu.Unlock()
+		close(over)
+		done <- err
+	}()
 	select {
 	case err := <-done:
 		return err

@@ -22,26 +22,35 @@ type ioas struct {
 	table uint32
 }
 
-// attach binds the device to the iommufd and gives it an address space, with
-// dirty bits where the IOMMU has them.
-func attach(k ioctler, iommufd, dev *os.File) (*ioas, error) {
+// bind binds the device to the iommufd, in which it gets a number.
+func bind(k ioctler, iommufd, dev *os.File) (uint32, error) {
 	fd, err := descriptor(iommufd)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	bind := bindIOMMUFD{argsz: uint32(unsafe.Sizeof(bindIOMMUFD{})), iommufd: fd}
-	if _, err := k.ioctl(dev, deviceBindIOMMUFD, unsafe.Pointer(&bind)); err != nil {
+	arg := bindIOMMUFD{argsz: uint32(unsafe.Sizeof(bindIOMMUFD{})), iommufd: fd}
+	if _, err := k.ioctl(dev, deviceBindIOMMUFD, unsafe.Pointer(&arg)); err != nil {
 		if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EINVAL) {
 			err = fmt.Errorf("%w: %w", ErrBusy, err)
 		}
-		return nil, fmt.Errorf("VFIO_DEVICE_BIND_IOMMUFD: %w", err)
+		return 0, fmt.Errorf("VFIO_DEVICE_BIND_IOMMUFD: %w", err)
+	}
+	return arg.outDevID, nil
+}
+
+// attach binds the device to the iommufd and gives it an address space, with
+// dirty bits where the IOMMU has them.
+func attach(k ioctler, iommufd, dev *os.File) (*ioas, error) {
+	devID, err := bind(k, iommufd, dev)
+	if err != nil {
+		return nil, err
 	}
 	alloc := ioasAllocArg{size: uint32(unsafe.Sizeof(ioasAllocArg{}))}
 	if _, err := k.ioctl(iommufd, ioasAlloc, unsafe.Pointer(&alloc)); err != nil {
 		return nil, fmt.Errorf("IOMMU_IOAS_ALLOC: %w", err)
 	}
 	s := &ioas{k: k, f: iommufd, id: alloc.outID}
-	hwpt := hwptAllocArg{size: uint32(unsafe.Sizeof(hwptAllocArg{})), flags: allocDirty, devID: bind.outDevID, ptID: s.id}
+	hwpt := hwptAllocArg{size: uint32(unsafe.Sizeof(hwptAllocArg{})), flags: allocDirty, devID: devID, ptID: s.id}
 	_, err = k.ioctl(iommufd, hwptAlloc, unsafe.Pointer(&hwpt))
 	switch {
 	case err == nil:

@@ -45,8 +45,8 @@ var (
 // Dir is where the kernel's VFIO device nodes are.
 const Dir = "/dev/vfio"
 
-// iommuNode is the device node of iommufd.
-const iommuNode = "/dev/iommu"
+// IOMMUNode is the device node of iommufd.
+const IOMMUNode = "/dev/iommu"
 
 // OpenGroup opens the VF with this PCI address through its IOMMU group. The
 // files, in the order of [Group], belong to the caller. All functions of the
@@ -121,7 +121,7 @@ func OpenCdev(name string) (files []*os.File, err error) {
 	if !cdevName.MatchString(name) {
 		return nil, fmt.Errorf("VFIO device %.32q: want a name such as vfio0", name)
 	}
-	for _, node := range []string{iommuNode, filepath.Join(Dir, "devices", name)} {
+	for _, node := range []string{IOMMUNode, filepath.Join(Dir, "devices", name)} {
 		f, err := openNode(node)
 		if err != nil {
 			closeAll(files)
@@ -130,6 +130,18 @@ func OpenCdev(name string) (files []*os.File, err error) {
 		files = append(files, f)
 	}
 	return files, nil
+}
+
+// ProbeCdev binds a VF's device cdev to an iommufd and lets go of it at once.
+// It wraps [ErrBusy] while a process uses the VF.
+func ProbeCdev(name string) error {
+	files, err := OpenCdev(name)
+	if err != nil {
+		return err
+	}
+	defer closeAll(files)
+	_, err = bind(kernel{}, files[0], files[1])
+	return err
 }
 
 func openNode(node string) (*os.File, error) {
@@ -143,7 +155,7 @@ func openNode(node string) (*os.File, error) {
 // HasIOMMUFD tells whether the node has an iommufd; each function must have a
 // device cdev too for it to be of use.
 func HasIOMMUFD() bool {
-	_, err := os.Stat(iommuNode)
+	_, err := os.Stat(IOMMUNode)
 	return err == nil
 }
 

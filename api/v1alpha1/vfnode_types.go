@@ -19,8 +19,9 @@ const (
 	// was seen.
 	ConditionQEMU = "QEMU"
 	// ConditionIntact is True while the VFs in use are as the agent prepared
-	// them, and False with reason Reconfigured once somebody changed them or
-	// their PF: those VMs cannot be moved until their pods are restarted.
+	// them, False with reason Reconfigured once somebody changed them or their
+	// PF, and Unknown while that cannot be found out: those VMs cannot be moved
+	// until their pods are restarted.
 	ConditionIntact = "Intact"
 )
 
@@ -146,6 +147,12 @@ type VFStatus struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=4096
 	Obstacle string `json:"obstacle,omitempty"`
+	// Damage says what happened to the VF behind the agent's back since it was
+	// prepared, and what to do; empty if nothing did. A VM that has it cannot be
+	// moved.
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Damage string `json:"damage,omitempty"`
 	// Holder is the pod that the VF is leased to, namespace/name; empty when free.
 	// +optional
 	Holder string `json:"holder,omitempty"`
