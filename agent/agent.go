@@ -192,6 +192,9 @@ type agent struct {
 	pokes chan event.GenericEvent
 	// known holds the []kubevirt.Interface of pods, by UID.
 	known sync.Map
+	// paths holds the vfPath of VFs, by PCI address. Losing it costs a VFNode
+	// that does not tell.
+	paths sync.Map
 	// hooked says that KubeVirt's node hooks are served.
 	hooked bool
 	// found is what is known of KubeVirt and its QEMU here.

@@ -176,7 +176,7 @@ func newDrill(t *testing.T) *drill {
 
 	d.start(d.src)
 	d.start(d.dst)
-	l.vmi()
+	l.vmi(nil)
 	d.startPod(d.src, "launcher-source", "")
 	d.await("the VM's VF to be attached", func() bool { return d.src.is(pb.Phase_PHASE_RUNNING) })
 	d.src.machine, err = plugMachine(t, d.src.dir, "running", d.memory)

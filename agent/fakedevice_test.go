@@ -43,6 +43,7 @@ type fakeDevice struct {
 	uid      string
 	released bool
 	lost     bool   // the node took its VFs
+	fixed    string // why its VFs cannot be moved
 	vetoed   string // why the stop was vetoed
 	ended    string
 	states   []*pb.InterfaceState
@@ -177,7 +178,7 @@ func (d *fakeDevice) Status(context.Context, *pb.StatusRequest) (*pb.StatusReply
 	defer d.mu.Unlock()
 	r := &pb.StatusReply{Role: d.role, Phase: d.phase, MigrationUid: d.uid, QemuConnected: true, Protocols: d.protocols}
 	for n, h := range d.handoffs {
-		r.Interfaces = append(r.Interfaces, &pb.InterfaceStatus{Name: n, Vf: h.VF, Mac: h.MAC, Epoch: h.Epoch, Lost: d.lost})
+		r.Interfaces = append(r.Interfaces, &pb.InterfaceStatus{Name: n, Vf: h.VF, Mac: h.MAC, Epoch: h.Epoch, Lost: d.lost, FastPath: h.FastPath, Immovable: d.fixed})
 	}
 	return r, nil
 }

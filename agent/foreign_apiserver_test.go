@@ -262,7 +262,7 @@ func TestDrain(t *testing.T) {
 	runAgent(t, d.from, agentConfig)
 	runAgent(t, d.to, agentConfig)
 	runManager(t, managerConfig)
-	l.vmi()
+	l.vmi(nil)
 	vmi := &virtv1.VirtualMachineInstance{}
 	if err := admin.Get(t.Context(), keyOf("vm"), vmi); err != nil {
 		t.Fatal(err)

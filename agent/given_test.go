@@ -36,7 +36,7 @@ func TestKubeletDecides(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t)
-			l.vmi()
+			l.vmi(nil)
 			n := l.nodes["a"]
 			n.start()
 			n.kill() // what it does is done by hand here

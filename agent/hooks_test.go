@@ -134,7 +134,7 @@ func TestHooksInOrder(t *testing.T) {
 	s.from.start()
 	s.to.start()
 	atSource, atTarget := s.from.serveHooks(), s.to.serveHooks()
-	l.vmi()
+	l.vmi(nil)
 	expectHook(t, atSource(nodehook.PreVMStart), codes.Unavailable, "VMI vm has no pod on node a")
 	s.sPod = l.pod("launcher-source", "a", vfA, "")
 	expectHook(t, atSource(nodehook.PreVMStart), codes.Unavailable, "launcher-source")

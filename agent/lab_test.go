@@ -397,9 +397,9 @@ func (l *lab) create(o client.Object) {
 }
 
 // vmi creates the VMI "vm" with one interface with a VF.
-func (l *lab) vmi() {
+func (l *lab) vmi(annotations map[string]string) {
 	l.t.Helper()
-	v := &virtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "vm", UID: "vmi-uid"}}
+	v := &virtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "vm", UID: "vmi-uid", Annotations: annotations}}
 	v.Spec.Domain.Devices.Interfaces = []virtv1.Interface{{Name: interfaceName, MacAddress: mac, Binding: &virtv1.PluginBinding{Name: kubevirt.BindingName}}}
 	v.Spec.Networks = []virtv1.Network{{Name: interfaceName, NetworkSource: virtv1.NetworkSource{Multus: &virtv1.MultusNetwork{NetworkName: "fast"}}}}
 	l.create(v)

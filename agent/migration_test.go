@@ -44,7 +44,10 @@ func (s *scene) lease(n *labNode, vf string) string {
 }
 
 // boot starts both agents and the VM on node a.
-func boot(t *testing.T) *scene {
+func boot(t *testing.T) *scene { return bootWith(t, nil) }
+
+// bootWith is boot of a VMI with these annotations.
+func bootWith(t *testing.T, annotations map[string]string) *scene {
 	t.Helper()
 	t.Parallel()
 	l := newLab(t)
@@ -52,7 +55,7 @@ func boot(t *testing.T) *scene {
 	s.watchAnswers()
 	s.from.start()
 	s.to.start()
-	l.vmi()
+	l.vmi(annotations)
 	s.sPod = l.pod("launcher-source", "a", vfA, "")
 	s.src, s.stopSrc = startDevice(t, s.from.podsDir, s.sPod.UID)
 	eventually(t, "the VM's VF is attached", func() bool { return s.src.is(pb.Phase_PHASE_RUNNING) })

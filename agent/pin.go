@@ -43,6 +43,8 @@ type pinned struct {
 	ref   v1alpha1.VFReference
 	// slot is the VF's device number in the guest, of how many VFs the VM has.
 	slot, of int
+	// fast tells that the guest is to reach its doorbells by itself.
+	fast bool
 }
 
 // interfaces returns what the pod's VMI has of interfaces with a VF. It does not
@@ -119,7 +121,7 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 		if err != nil {
 			return nil, fmt.Errorf("interface %s: %w", i.Name, err)
 		}
-		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}, i.Slot, len(ifaces)})
+		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}, i.Slot, len(ifaces), i.FastPath})
 	}
 
 	st, err := a.status(ctx, d)
@@ -142,6 +144,7 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 		}
 		a.log.Info("VF attached", "vf", p.ref.VF, "interface", p.iface, "pod", pod.Namespace+"/"+pod.Name, "role", role, "epoch", p.ref.Epoch)
 	}
+	a.notePaths(ctx, d, out)
 	return out, nil
 }
 
@@ -191,7 +194,7 @@ func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, rol
 	}
 	return d.handOver(ctx, handoff.Handoff{
 		Interface: p.iface, Slot: p.slot, Of: p.of, VF: p.ref.VF, PF: p.ref.PF, Family: vf.Family, DeviceID: vf.DeviceID, Backend: v.Backend,
-		MAC: p.ref.MAC, VLAN: v.VLAN, Trust: v.Trust, Epoch: uint64(p.ref.Epoch), Role: role,
+		MAC: p.ref.MAC, VLAN: v.VLAN, Trust: v.Trust, Epoch: uint64(p.ref.Epoch), Role: role, FastPath: p.fast,
 		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType, MTU: v.Model.MTU},
 		VFIO:  handoff.VFIO{API: v.API},
 	}, v.Files)

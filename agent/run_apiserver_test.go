@@ -184,7 +184,7 @@ func TestRun(t *testing.T) {
 		})
 	}
 
-	l.vmi()
+	l.vmi(nil)
 	s.sPod = l.pod("launcher-source", "a", vfA, "")
 	s.src, s.stopSrc = startDevice(t, s.from.podsDir, s.sPod.UID)
 	setPhase(t, admin, s.sPod, corev1.PodRunning)

@@ -153,6 +153,7 @@ func (r *sourceRun) prepare(ctx context.Context) *failure {
 	r.work.ensure(workKey{r.m.UID, preparedWriter}, func(ctx context.Context) {
 		if err := r.record(ctx, r.m, forward(func(m *vfMigration) {
 			for _, i := range st.GetInterfaces() {
+				deviceOf(m, i.GetName()).FastPath = i.GetFastPath()
 				deviceOf(m, i.GetName()).Source = &v1alpha1.VFReference{PF: pfs[i.GetVf()].Name, VF: i.GetVf(), MAC: i.GetMac(), Epoch: int64(i.GetEpoch())}
 			}
 			setPrepared(m)

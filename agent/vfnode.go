@@ -68,6 +68,7 @@ func (a *agent) reconcileNode(ctx context.Context, _ ctrl.Request) (ctrl.Result,
 		for _, v := range p.VFs {
 			vf := v1alpha1.VFStatus{Address: v.Address, DeviceID: v.DeviceID, Family: v.Family, Obstacle: cut(v.Obstacle, maxMessage), Damage: cut(damage[v.Address], maxDamage)}
 			vf.Holder, vf.Epoch = holderShown(leases[v.Address])
+			a.showPath(&vf)
 			s.VFs = append(s.VFs, vf)
 		}
 		n.Status.PFs = append(n.Status.PFs, s)

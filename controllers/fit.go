@@ -51,6 +51,16 @@ func checkIntact(n *v1alpha1.VFNode, held []placedVF) error {
 	return refuse(v1alpha1.ReasonDeviceUnavailable, "VFs on the source node %s are not as they were prepared: %s", n.Name, strings.Join(damaged, "; "))
 }
 
+// checkMovable refuses when a VF that the VM has cannot be moved anywhere.
+func checkMovable(n *v1alpha1.VFNode, held []placedVF) error {
+	for _, vf := range held {
+		if vf.Immovable != "" {
+			return refuse(v1alpha1.ReasonImmovable, "VF %s on the source node %s cannot be moved: %s", vf.Address, n.Name, vf.Immovable)
+		}
+	}
+	return nil
+}
+
 // fitting is what came of looking for VFs that the VM's could move to.
 type fitting struct {
 	// missing says in words what is not there; empty if each VF finds its own.

@@ -99,6 +99,9 @@ func (r *VFMigrationReconciler) checkVMI(ctx context.Context, m *v1alpha1.VFMigr
 			"VirtualMachineInstance %s has no interface with network binding %q; without one, use a VirtualMachineInstanceMigration",
 			vmi.Name, kubevirt.BindingName)
 	}
+	if _, err := kubevirt.FastPaths(vmi); err != nil {
+		return nil, nil, refuse(v1alpha1.ReasonInterfaceNotFound, "VirtualMachineInstance %s: %v", vmi.Name, err)
+	}
 	for _, name := range m.Spec.Interfaces {
 		if !slices.Contains(ifaces, name) {
 			return nil, nil, refuse(v1alpha1.ReasonInterfaceNotFound,
@@ -206,7 +209,10 @@ func (r *VFMigrationReconciler) checkSource(ctx context.Context, node, holder st
 			"VFNode %s lists %d VFs held by pod %s, its VMI has %d interfaces with network binding %q; see the compsc agent's log on that node",
 			node, n, holder, ifaces, kubevirt.BindingName)
 	}
-	return held, checkIntact(&nodes[i], held)
+	if err := checkIntact(&nodes[i], held); err != nil {
+		return nil, err
+	}
+	return held, checkMovable(&nodes[i], held)
 }
 
 // checkTargets refuses when no node that KubeVirt may choose can take the VM.

@@ -142,6 +142,15 @@ func TestRefuse(t *testing.T) {
 				f.vfnodes["node-b"].Status.AgentVersion = "v9"
 				f.vfnodes["node-b"].Status.Protocols = &v1alpha1.ProtocolRange{Oldest: 2, Newest: 2}
 			}},
+		{"fast path of no interface", v1alpha1.ReasonInterfaceNotFound,
+			`VirtualMachineInstance vm: annotation compsc.io/fast-path names interface "default", and the VMI's interfaces with network binding compsc are: fast; correct it and restart the VM`,
+			func(f *fixture) { f.vmi.Annotations = map[string]string{v1alpha1.AnnotationFastPath: "default"} }},
+		{"fast path without dirty bits", v1alpha1.ReasonImmovable,
+			"VF 0000:01:10.0 on the source node node-a cannot be moved: nothing tells what it writes",
+			func(f *fixture) {
+				vf := &f.vfnodes["node-a"].Status.PFs[0].VFs[0]
+				vf.FastPath, vf.Immovable = true, "nothing tells what it writes"
+			}},
 		{"source VF unknown", v1alpha1.ReasonDeviceUnavailable,
 			`VFNode node-a lists 0 VFs held by pod vms/launcher-a, its VMI has 1 interfaces with network binding "compsc"; see the compsc agent's log on that node`,
 			func(f *fixture) { f.vfnodes["node-a"].Status.PFs[0].VFs[0].Holder = "" }},

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"regexp"
+	"slices"
 	"strings"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
@@ -39,6 +40,8 @@ type Interface struct {
 	MAC string
 	// Network is the network that the pod is attached to, namespace/name.
 	Network string
+	// FastPath tells that the guest is to reach the VF's doorbells by itself.
+	FastPath bool
 }
 
 var pciAddress = regexp.MustCompile(`^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
@@ -63,6 +66,10 @@ func Interfaces(pod *corev1.Pod, vmi *virtv1.VirtualMachineInstance) ([]Interfac
 		return fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, fmt.Errorf(format, a...))
 	}
 	slots, err := Slots(vmi)
+	if err != nil {
+		return nil, fail("VMI %s: %w", vmi.Name, err)
+	}
+	fast, err := FastPaths(vmi)
 	if err != nil {
 		return nil, fail("VMI %s: %w", vmi.Name, err)
 	}
@@ -99,7 +106,7 @@ func Interfaces(pod *corev1.Pod, vmi *virtv1.VirtualMachineInstance) ([]Interfac
 		if err != nil {
 			return nil, fail("annotation %s, interface %s: %w", AnnotationNetworkStatus, iface.Name, err)
 		}
-		got.Network, got.Slot = network, slots[iface.Name]
+		got.Network, got.Slot, got.FastPath = network, slots[iface.Name], slices.Contains(fast, iface.Name)
 		if other, taken := users[got.VFAddress]; taken {
 			return nil, fail("annotation %s: interfaces %s and %s both have VF %s",
 				AnnotationNetworkStatus, other, iface.Name, got.VFAddress)

@@ -10,6 +10,15 @@ const LabelAgent = "compsc.io/agent"
 // while it lives, in the namespace CompSC is installed in.
 func AgentLeaseName(node string) string { return "agent-" + node }
 
+// AnnotationFastPath names, on a VirtualMachineInstance, the interfaces with the
+// compsc network binding whose guest is to reach the doorbells of its VF by
+// itself, separated by commas: the fast path. All others have the complete path,
+// on which every access to a register passes the device process. It counts when
+// the VM starts. The fast path takes a real VF, its counters on these pages are
+// the device's own, and it can be moved only where the node's IOMMU records what
+// the VF writes; see docs/concepts.md.
+const AnnotationFastPath = "compsc.io/fast-path"
+
 // Of the certificates with which agents prove their node to each other.
 const (
 	// CertificateSigner is the signer of the CertificateSigningRequests with

@@ -74,6 +74,10 @@ const (
 	ReasonVersionMismatch = "VersionMismatch"
 	// ReasonIncompatible: the target's VF cannot carry the source's state.
 	ReasonIncompatible = "Incompatible"
+	// ReasonImmovable: a VF of the VM cannot be moved from where it is, whatever
+	// the target: it has the fast path, and its node's IOMMU does not record what
+	// it writes.
+	ReasonImmovable = "Immovable"
 	// ReasonPinFailed: the target's VF could not be leased or attached.
 	ReasonPinFailed = "PinFailed"
 	// ReasonPeerUnavailable: the agents could not reach each other.
@@ -324,6 +328,10 @@ type DeviceStatus struct {
 	// HeadsStrategy tells how the ring heads were restored.
 	// +optional
 	HeadsStrategy string `json:"headsStrategy,omitempty"`
+	// FastPath tells that the guest reaches the VF's doorbells by itself, on both
+	// sides, as the VMI's annotation compsc.io/fast-path asks.
+	// +optional
+	FastPath bool `json:"fastPath,omitempty"`
 }
 
 // VFReference names a VF on its node.

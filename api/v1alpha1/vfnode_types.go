@@ -159,6 +159,15 @@ type VFStatus struct {
 	// Epoch is the fencing epoch of the VF's lease.
 	// +optional
 	Epoch int64 `json:"epoch,omitempty"`
+	// FastPath tells that the guest of its holder reaches the VF's doorbells by
+	// itself, as the VMI's annotation compsc.io/fast-path asks.
+	// +optional
+	FastPath bool `json:"fastPath,omitempty"`
+	// Immovable says why its holder's VM cannot be moved with the VF, whatever
+	// the target, and what to do; empty if it can.
+	// +optional
+	// +kubebuilder:validation:MaxLength=4096
+	Immovable string `json:"immovable,omitempty"`
 }
 
 // VFNode is a node's inventory of VFs, written by its agent alone. Its name
