@@ -2,12 +2,17 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/cluster"
 	"compsc.io/compsc/agent/kubevirt/launcher"
 	"compsc.io/compsc/api/v1alpha1"
@@ -32,8 +37,17 @@ type found struct {
 	at time.Time
 	// kubevirt and hooks are conditions as of at.
 	kubevirt, hooks metav1.Condition
-	// qemu is the condition as of the last look into a virt-launcher.
-	qemu metav1.Condition
+	// looks are the looks into virt-launchers of VMs with VFs, by pod. They are
+	// dropped with their pods: the image of one that is gone says nothing of the
+	// image that the next gets.
+	looks map[types.UID]look
+}
+
+// look is what a look into a virt-launcher found.
+type look struct {
+	pod  client.ObjectKey
+	born metav1.Time
+	has  bool
 }
 
 // findings returns the conditions of the VFNode that tell of KubeVirt.
@@ -45,11 +59,35 @@ func (a *agent) findings(ctx context.Context) []metav1.Condition {
 		a.detect(ctx)
 		f.at = time.Now()
 	}
-	if f.qemu.Type == "" {
-		f.qemu = metav1.Condition{Type: v1alpha1.ConditionQEMU, Status: metav1.ConditionUnknown, Reason: v1alpha1.ReasonNotSeen,
-			Message: "no virt-launcher of a VM with VFs was looked into on this node; that takes an agent in the node's process namespace (hostPID)"}
+	return []metav1.Condition{f.kubevirt, f.hooks, a.qemuCondition(ctx)}
+}
+
+// qemuCondition tells of the QEMU in the newest virt-launcher with VFs that is
+// there: virt-launchers that come get what it got, or better. The caller holds
+// the lock.
+func (a *agent) qemuCondition(ctx context.Context) metav1.Condition {
+	newest := look{}
+	for uid, l := range a.found.looks {
+		pod := &corev1.Pod{}
+		err := a.client.Get(ctx, l.pod, pod)
+		if apierrors.IsNotFound(err) || err == nil && (pod.UID != uid || kubevirt.Finished(pod)) {
+			delete(a.found.looks, uid)
+			continue
+		}
+		if newest.pod.Name == "" || newest.born.Before(&l.born) || newest.born.Equal(&l.born) && newest.pod.String() < l.pod.String() {
+			newest = l
+		}
 	}
-	return []metav1.Condition{f.kubevirt, f.hooks, f.qemu}
+	c := metav1.Condition{Type: v1alpha1.ConditionQEMU, Status: metav1.ConditionTrue, Reason: v1alpha1.ReasonVFIOUserPresent,
+		Message: "the QEMU of virt-launcher has the device vfio-user-pci"}
+	switch {
+	case newest.pod.Name == "":
+		c.Status, c.Reason = metav1.ConditionUnknown, v1alpha1.ReasonNotSeen
+		c.Message = "there is no virt-launcher of a VM with VFs on this node that was looked into; that takes an agent in the node's process namespace (hostPID)"
+	case !newest.has:
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonVFIOUserMissing, cut("pod "+newest.pod.String()+": "+noVFIOUser, maxMessage)
+	}
+	return c
 }
 
 // detect looks at the cluster's KubeVirt. The caller holds the lock.
@@ -74,21 +112,26 @@ func (a *agent) detect(ctx context.Context) {
 	a.found.hooks = condition(v1alpha1.ConditionNodeHooks, hooks)
 }
 
-// hasVFIOUser tells whether the pod's QEMU can attach VFs, and notes it for the
-// VFNode. An error says that it cannot be told, which hinders nobody.
+// hasVFIOUser tells whether the QEMU of a pod whose VM has VFs can attach them,
+// and notes it for the VFNode. An error says that it cannot be told, which
+// hinders nobody.
 func (a *agent) hasVFIOUser(pod *corev1.Pod) (bool, error) {
 	has, err := a.found.qemus.HasVFIOUser(pod.UID)
 	if err != nil {
 		a.log.Debug("QEMU not looked into", "pod", pod.Namespace+"/"+pod.Name, "error", err)
 		return false, err
 	}
-	c := metav1.Condition{Type: v1alpha1.ConditionQEMU, Status: metav1.ConditionTrue, Reason: v1alpha1.ReasonVFIOUserPresent,
-		Message: "the QEMU of virt-launcher has the device vfio-user-pci"}
-	if !has {
-		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonVFIOUserMissing, noVFIOUser
-	}
 	a.found.mu.Lock()
 	defer a.found.mu.Unlock()
-	a.found.qemu = c
+	if a.found.looks == nil {
+		a.found.looks = map[types.UID]look{}
+	}
+	a.found.looks[pod.UID] = look{client.ObjectKeyFromObject(pod), pod.CreationTimestamp, has}
 	return has, nil
+}
+
+// hasVFs tells whether the VM of the pod has VFs, as far as that is known yet.
+func (a *agent) hasVFs(ctx context.Context, pod *corev1.Pod) bool {
+	ifaces, err := a.interfaces(ctx, pod)
+	return len(ifaces) > 0 || errors.Is(err, kubevirt.ErrNotYet)
 }

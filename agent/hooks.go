@@ -57,6 +57,9 @@ func never(format string, args ...any) error {
 
 // beforeStart holds a VM's start until its VFs are attached.
 func (a *agent) beforeStart(ctx context.Context, vmi *virtv1.VirtualMachineInstance) error {
+	if len(kubevirt.BoundInterfaces(vmi)) == 0 {
+		return nil // a Plugin object whose condition is too wide
+	}
 	var pods corev1.PodList
 	if err := a.client.List(ctx, &pods, client.InNamespace(vmi.Namespace),
 		client.MatchingLabels{kubevirt.LabelCreatedBy: string(vmi.UID), kubevirt.LabelApp: kubevirt.AppLauncher}); err != nil {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -373,4 +375,60 @@ func TestQEMUWithoutVFIOUser(t *testing.T) {
 
 	s.from.launch("41", s.sPod, "\x7fELF vfio-pci, another build\x00")
 	expectHook(t, atSource(nodehook.PreVMStart), codes.FailedPrecondition, "no device vfio-user-pci")
+
+	// A virt-launcher that is gone says nothing of the next, which may have
+	// another image.
+	s.tPod.Status.Phase = corev1.PodFailed
+	if err := s.client.Status().Update(t.Context(), s.tPod); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the pod that ended to be forgotten", func() bool { return condition(s.to) == "Unknown NotSeen" })
+}
+
+// TestNewestQEMU: of several virt-launchers with VFs the newest tells what the
+// next will have.
+func TestNewestQEMU(t *testing.T) {
+	s := boot(t)
+	s.from.kill()
+	a := s.from.agent
+	a.client = s.client // the killed agent's writes nothing
+	born := metav1.Now()
+	var pods []*corev1.Pod
+	for i, qemu := range []string{"vfio-user-pci", "vfio-pci", "vfio-user-pci"} {
+		p := s.pod(fmt.Sprintf("launcher-%d", i), "a", vfB, "")
+		p.CreationTimestamp = metav1.NewTime(born.Add(time.Duration(i) * time.Minute))
+		s.from.launch(strconv.Itoa(50+i), p, "\x7fELF "+qemu+"\x00")
+		pods = append(pods, p)
+	}
+	condition := func() metav1.Condition {
+		a.found.mu.Lock()
+		defer a.found.mu.Unlock()
+		return a.qemuCondition(t.Context())
+	}
+	for i, want := range []string{v1alpha1.ReasonVFIOUserPresent, v1alpha1.ReasonVFIOUserMissing, v1alpha1.ReasonVFIOUserPresent} {
+		if _, err := a.hasVFIOUser(pods[i]); err != nil {
+			t.Fatal(err)
+		}
+		if c := condition(); c.Reason != want {
+			t.Errorf("after pod %d: %+v", i, c)
+		}
+	}
+	if err := s.client.Delete(t.Context(), pods[2]); err != nil {
+		t.Fatal(err)
+	}
+	if c := condition(); c.Reason != v1alpha1.ReasonVFIOUserMissing || !strings.Contains(c.Message, "pod "+ns+"/launcher-1: ") {
+		t.Errorf("the newest is gone: %+v", c)
+	}
+	// Its name is another pod's now.
+	if err := s.client.Delete(t.Context(), pods[1]); err != nil {
+		t.Fatal(err)
+	}
+	again := pods[1].DeepCopy()
+	again.UID, again.ResourceVersion = "another", ""
+	if err := s.client.Create(t.Context(), again); err != nil {
+		t.Fatal(err)
+	}
+	if c := condition(); c.Reason != v1alpha1.ReasonVFIOUserPresent || len(a.found.looks) != 1 {
+		t.Errorf("the first is left: %+v, %v", c, a.found.looks)
+	}
 }

@@ -42,7 +42,9 @@ func (a *agent) reconcilePod(ctx context.Context, req ctrl.Request) (ctrl.Result
 	if alive == (holder{}) || !pod.DeletionTimestamp.IsZero() || kubevirt.IsTarget(pod) {
 		return ctrl.Result{}, nil
 	}
-	if has, err := a.hasVFIOUser(pod); err == nil && !has {
+	if !a.hasVFs(ctx, pod) {
+		// Another VM's image is none of our business.
+	} else if has, err := a.hasVFIOUser(pod); err == nil && !has {
 		a.events.Eventf(pod, nil, corev1.EventTypeWarning, v1alpha1.ReasonVFIOUserMissing, "Pin", noVFIOUser)
 	}
 	what := "pod " + string(pod.UID)

@@ -10,6 +10,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/api/v1alpha1"
 )
 
 // TestReleaseAfterTheProcess: a pod that is gone from the API keeps its VF as
@@ -66,9 +67,15 @@ func TestForeignPodsAreLeftAlone(t *testing.T) {
 	// A VMI without an interface of ours is asked about once, and not waited for.
 	plain := s.pod("launcher-plain", "a", vfB, "")
 	s.from.agent.known.Store(plain.UID, []kubevirt.Interface(nil))
+	s.from.launch("43", plain, "\x7fELF vfio-pci\x00") // that its QEMU is an old one is nobody's business
 	r, err := s.from.agent.reconcilePod(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(plain)})
 	if err != nil || !r.IsZero() || s.lease(s.from, vfB) != "" {
 		t.Errorf("%+v, %v, lease %q", r, err, s.lease(s.from, vfB))
+	}
+	s.from.agent.found.mu.Lock()
+	defer s.from.agent.found.mu.Unlock()
+	if c := s.from.agent.qemuCondition(t.Context()); c.Reason != v1alpha1.ReasonNotSeen {
+		t.Errorf("the QEMU of a VM without VFs is told of: %+v", c)
 	}
 }
 
