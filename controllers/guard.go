@@ -183,26 +183,11 @@ func (r *GuardReconciler) all(ctx context.Context, _ client.Object) []reconcile.
 	return reqs
 }
 
-// pinned tells whether a pod has VFs that write to the guest's RAM by themselves,
-// which must stay where it is then.
-func pinned(nodes []v1alpha1.VFNode, node, holder string) bool {
-	i := slices.IndexFunc(nodes, func(n v1alpha1.VFNode) bool { return n.Name == node })
-	return i >= 0 && slices.ContainsFunc(nodes[i].Status.PFs, func(pf v1alpha1.PFStatus) bool {
-		return pf.Backend == backendVFIO && slices.ContainsFunc(pf.VFs, func(vf v1alpha1.VFStatus) bool { return vf.Holder == holder })
-	})
-}
-
-// backendVFIO is how a VFNode calls hardware behind kernel VFIO.
-const backendVFIO = "vfio"
-
 // checkGuards refuses what KubeVirt does not know to be dangerous: it does not
-// see a VF in the network binding.
-func (r *VFMigrationReconciler) checkGuards(ctx context.Context, vmi *virtv1.VirtualMachineInstance, pinned bool) error {
-	if pinned && !locksMemory(vmi) {
-		return refuse(v1alpha1.ReasonMemoryNotLockable,
-			"VirtualMachineInstance %s has VFs whose DMA needs the guest's RAM locked in place, and does not ask KubeVirt for that; "+
-				"set spec.template.spec.domain.memory.reservedOverhead.memLock: Required in its VirtualMachine and restart it", vmi.Name)
-	}
+// see a VF in the network binding. That real VFs need the guest's RAM locked is
+// nothing to refuse for: the device process locks it, not QEMU, and its agent
+// raises the limit.
+func (r *VFMigrationReconciler) checkGuards(ctx context.Context, vmi *virtv1.VirtualMachineInstance) error {
 	allowed, by, err := kubecluster.PostCopy(ctx, r.Live, vmi)
 	if err != nil {
 		return err
@@ -212,12 +197,6 @@ func (r *VFMigrationReconciler) checkGuards(ctx context.Context, vmi *virtv1.Vir
 			"%s allows post-copy for VirtualMachineInstance %s, which its VFs do not survive; apply config/kubevirt, or forbid it there", by, vmi.Name)
 	}
 	return nil
-}
-
-// locksMemory tells whether the VMI asks for its RAM to be lockable.
-func locksMemory(vmi *virtv1.VirtualMachineInstance) bool {
-	m := vmi.Spec.Domain.Memory
-	return m != nil && m.ReservedOverhead != nil && m.ReservedOverhead.MemLock != nil && *m.ReservedOverhead.MemLock == virtv1.MemLockRequired
 }
 
 // postCopy tells whether KubeVirt has settled on a configuration for this

@@ -1,6 +1,8 @@
 package controllers
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -11,6 +13,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/yaml"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
@@ -26,12 +29,21 @@ func (f *fixture) allowPostCopy() *fixture {
 
 // hardware makes the VM's VF one behind kernel VFIO.
 func (f *fixture) hardware() *fixture {
-	f.vfnodes["node-a"].Status.PFs[0].Backend = backendVFIO
+	f.vfnodes["node-a"].Status.PFs[0].Backend = "vfio"
 	return f
 }
 
-func (f *fixture) lockMemory(how *virtv1.MemLockRequirement) *fixture {
-	f.vmi.Spec.Domain.Memory = &virtv1.Memory{ReservedOverhead: &virtv1.ReservedOverhead{MemLock: how}}
+// sample makes the VM one that is like the sample.
+func (f *fixture) sample() *fixture {
+	b, err := os.ReadFile(filepath.Join("..", "config", "samples", "kubevirt", "virtual-machine.yaml"))
+	if err != nil {
+		panic(err)
+	}
+	vm := &virtv1.VirtualMachine{}
+	if err := yaml.UnmarshalStrict(b, vm); err != nil {
+		panic(err)
+	}
+	f.vmi.Spec = vm.Spec.Template.Spec
 	return f
 }
 
@@ -47,16 +59,9 @@ var guardCases = map[string]struct {
 	reason string
 	text   string
 }{
-	"all well":            {newFixture, "", ""},
-	"modelled VF":         {func() *fixture { return newFixture().lockMemory(nil) }, "", ""},
-	"memory not lockable": {func() *fixture { return newFixture().hardware() }, v1alpha1.ReasonMemoryNotLockable, "memLock: Required"},
-	"memory not required": {func() *fixture {
-		return newFixture().hardware().lockMemory(new(virtv1.MemLockRequirement(virtv1.MemLockNotRequired)))
-	},
-		v1alpha1.ReasonMemoryNotLockable, "restart it"},
-	"memory lockable": {func() *fixture {
-		return newFixture().hardware().lockMemory(new(virtv1.MemLockRequirement(virtv1.MemLockRequired)))
-	}, "", ""},
+	"all well":                       {newFixture, "", ""},
+	"hardware":                       {func() *fixture { return newFixture().hardware() }, "", ""},
+	"hardware, the VM is the sample": {func() *fixture { return newFixture().hardware().sample() }, "", ""},
 	"post-copy": {func() *fixture { return newFixture().allowPostCopy() }, v1alpha1.ReasonPostCopyAllowed,
 		"KubeVirt kubevirt/kubevirt (spec.configuration.migrations) allows post-copy"},
 	"no fit QEMU":       {func() *fixture { return newFixture().unfit("node-b", metav1.ConditionFalse) }, v1alpha1.ReasonIncompatible, "node-b: no device"},

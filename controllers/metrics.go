@@ -91,7 +91,7 @@ var steps = map[string]bool{
 // counters from the start: from a counter that appears with its first failure,
 // nobody could tell that it was increased.
 var failureReasons = []string{
-	v1alpha1.ReasonVMINotFound, v1alpha1.ReasonVMINotRunning, v1alpha1.ReasonInterfaceNotFound, v1alpha1.ReasonMemoryNotLockable,
+	v1alpha1.ReasonVMINotFound, v1alpha1.ReasonVMINotRunning, v1alpha1.ReasonInterfaceNotFound,
 	v1alpha1.ReasonPostCopyAllowed, v1alpha1.ReasonDecentralized, v1alpha1.ReasonMigrationInProgress, v1alpha1.ReasonTargetNotFound,
 	v1alpha1.ReasonAgentUnavailable, v1alpha1.ReasonNoFreeVF, v1alpha1.ReasonVersionMismatch, v1alpha1.ReasonIncompatible, v1alpha1.ReasonPinFailed,
 	v1alpha1.ReasonPeerUnavailable, v1alpha1.ReasonDeviceUnavailable, v1alpha1.ReasonCaptureFailed, v1alpha1.ReasonStateRejected,

@@ -67,7 +67,7 @@ func (r *VFMigrationReconciler) assess(ctx context.Context, m *v1alpha1.VFMigrat
 	if err != nil {
 		return nil, "", err
 	}
-	if err := r.checkGuards(ctx, vmi, pinned(nodes.Items, source.NodeName, m.Namespace+"/"+pod.Name)); err != nil {
+	if err := r.checkGuards(ctx, vmi); err != nil {
 		return nil, "", err
 	}
 	open, err := r.checkTargets(ctx, m.Spec.Target, source.NodeName, needed, nodes.Items)

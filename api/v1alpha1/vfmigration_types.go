@@ -49,9 +49,6 @@ const (
 	// ReasonInterfaceNotFound: the VMI has no interface of that name with the
 	// compsc network binding, or none at all.
 	ReasonInterfaceNotFound = "InterfaceNotFound"
-	// ReasonMemoryNotLockable: the VF's DMA needs the guest's RAM locked in
-	// place, and the VMI does not ask KubeVirt for that.
-	ReasonMemoryNotLockable = "MemoryNotLockable"
 	// ReasonPostCopyAllowed: KubeVirt may finish the migration by post-copy,
 	// which leaves RAM behind that the VF's DMA needs.
 	ReasonPostCopyAllowed = "PostCopyAllowed"
