@@ -68,7 +68,7 @@ func Find(compsc string) (Set, error) {
 		}
 	}
 	if len(missing) > 0 {
-		return Set{}, fmt.Errorf("something to run with is missing, `make deps` builds it: %w", errors.Join(missing...))
+		return Set{}, fmt.Errorf("something to run with is missing, `make artifacts` builds it: %w", errors.Join(missing...))
 	}
 	return s, nil
 }

@@ -228,6 +228,8 @@ func TestAlerts(t *testing.T) {
 		"CompSCAgentMissing": {
 			{"one of two", series{agentA: always(1), agentB: then(1, 2*hour-30*time.Minute, gone)}, true},
 			{"one of two, just now", series{agentA: always(1), agentB: then(1, 2*hour-10*time.Minute, gone)}, false},
+			{"all of two", series{agentA: then(1, 2*hour-30*time.Minute, gone), agentB: then(1, 2*hour-30*time.Minute, gone)}, true},
+			{"there were none", series{manager: always(1)}, false},
 			{"a manager", series{agentA: always(1), manager: then(1, 2*hour-30*time.Minute, gone)}, false},
 			{"removed long ago", series{agentA: always(1), agentB: then(1, 30*time.Minute, gone)}, false},
 		},
