@@ -15,6 +15,7 @@ import (
 
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 	"k8s.io/apimachinery/pkg/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/clientcmd"
@@ -346,12 +347,19 @@ func (p *plugin) list(cmd *cobra.Command, args []string, list client.ObjectList)
 	return cl.List(ctx, list, client.InNamespace(namespace)) == nil
 }
 
-// isTerminal tells whether w is a terminal, where a line may be overwritten.
-func isTerminal(w io.Writer) bool {
+// columns is the width of w if that is a terminal on which a line can be
+// overwritten, else 0.
+func columns(w io.Writer) int {
 	f, ok := w.(*os.File)
-	if !ok {
-		return false
+	if !ok || os.Getenv("TERM") == "dumb" {
+		return 0
 	}
-	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0
+	width, _, err := term.GetSize(int(f.Fd()))
+	switch {
+	case err != nil:
+		return 0
+	case width == 0: // as of a serial line
+		return 80
+	}
+	return width
 }

@@ -35,7 +35,7 @@ func ended(m *v1alpha1.VFMigration) bool { return summary(m).Status != metav1.Co
 // there is one for each change.
 func (p *plugin) follow(cmd *cobra.Command, c client.Client, m *v1alpha1.VFMigration, timeout time.Duration) error {
 	key := client.ObjectKeyFromObject(m)
-	out, live, shown := cmd.ErrOrStderr(), isTerminal(cmd.ErrOrStderr()), ""
+	out, width, shown := cmd.ErrOrStderr(), columns(cmd.ErrOrStderr()), ""
 	var away error // the API server's, at the last look
 	err := utilwait.PollUntilContextTimeout(cmd.Context(), p.poll, timeout, true, func(ctx context.Context) (bool, error) {
 		err := c.Get(ctx, key, m)
@@ -47,15 +47,16 @@ func (p *plugin) follow(cmd *cobra.Command, c client.Client, m *v1alpha1.VFMigra
 			return false, nil // it may come back; the migration does not wait for us
 		}
 		line := progress(m)
-		if live {
-			fmt.Fprintf(out, "\r\x1b[K%s  %s", line, p.clock.Since(m.CreationTimestamp.Time).Truncate(time.Second))
+		if width > 0 {
+			age := p.clock.Since(m.CreationTimestamp.Time).Truncate(time.Second)
+			fmt.Fprintf(out, "\r\x1b[K%s", cut(fmt.Sprintf("%s  %s", line, age), width))
 		} else if line != shown {
 			fmt.Fprintln(out, line)
 		}
 		shown = line
 		return ended(m), nil
 	})
-	if live {
+	if width > 0 {
 		fmt.Fprintln(out)
 	}
 	switch {
@@ -82,6 +83,15 @@ func progress(m *v1alpha1.VFMigration) string {
 		phase = v1alpha1.PhasePending
 	}
 	return fmt.Sprintf("%s: %-11s  %s", m.Name, phase, way(m))
+}
+
+// cut shortens a line so that it stays one on a terminal of that width: what
+// wraps cannot be overwritten.
+func cut(line string, width int) string {
+	if r := []rune(line); len(r) >= width {
+		return string(r[:width-1])
+	}
+	return line
 }
 
 // way is from where to where the VM moves.
