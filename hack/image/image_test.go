@@ -154,10 +154,10 @@ func TestImage(t *testing.T) {
 	if h := all["compsc"]; h == nil || h.Mode != 0o755 || h.Uid != 0 || h.Gid != 0 || !h.ModTime.Equal(time.Unix(0, 0)) || h.Uname != "" {
 		t.Errorf("/compsc: %+v", h)
 	}
-	if h := all["home/nonroot/"]; h == nil || h.Mode != 0o700 || h.Uid != 65532 {
-		t.Errorf("/home/nonroot: %+v", h)
+	if h := all["tmp/"]; h == nil || h.Mode != 0o1777 {
+		t.Errorf("/tmp: %+v", h)
 	}
-	for _, name := range []string{"etc/passwd", "etc/", "tmp/", "home/"} {
+	for _, name := range []string{"etc/passwd", "etc/group", "etc/nsswitch.conf", "etc/"} {
 		if all[name] == nil {
 			t.Errorf("no %s", name)
 		}
