@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"sync"
+
 	"github.com/prometheus/client_golang/prometheus"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
@@ -24,7 +26,9 @@ var (
 	}, []string{"type", "status"})
 )
 
-func init() { metrics.Registry.MustRegister(pins, vfs, conditions) }
+// serveMetrics has this process serve the agent's metrics, which other processes
+// of the same program do not.
+var serveMetrics = sync.OnceFunc(func() { metrics.Registry.MustRegister(pins, vfs, conditions) })
 
 // observeNode tells what the node's VFNode reports.
 func observeNode(st *v1alpha1.VFNodeStatus) {

@@ -41,6 +41,7 @@ const stopTimeout = 25 * time.Second
 // Run runs the agent of one node until ctx ends. It returns nil then, and an
 // error when it cannot start or lost what it needs.
 func Run(ctx context.Context, o Options) error {
+	serveMetrics()
 	if err := o.complete(); err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}

@@ -62,6 +62,7 @@ const leaderElectionID = "manager.compsc.io"
 // error when it could not start, or lost its leadership: the process must end
 // then, another manager is acting.
 func Run(ctx context.Context, o Options) error {
+	serveMetrics()
 	mgr, err := newManager(o)
 	if err != nil {
 		return err

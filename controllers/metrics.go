@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"context"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -80,6 +81,9 @@ var (
 	stopBuckets = []float64{.01, .025, .05, .1, .2, .3, .5, .75, 1, 2.5, 5, 10}
 )
 
+// otherStep stands for steps that are not among these.
+const otherStep = "other"
+
 // steps are the names that the agents and device processes give to the steps
 // of a switchover.
 var steps = map[string]bool{
@@ -87,9 +91,20 @@ var steps = map[string]bool{
 	"target/arm": true, "target/load": true, "target/commit": true, "target/restore": true, "target/hold": true, "target/resume": true,
 }
 
-// failureReasons are the reasons that status.failure may have. Each has its
-// counters from the start: from a counter that appears with its first failure,
-// nobody could tell that it was increased.
+// phases are those that a migration that goes well passes through, with the
+// conditions that end them.
+var phases = []struct {
+	phase v1alpha1.VFMigrationPhase
+	end   string
+}{
+	{v1alpha1.PhasePinning, v1alpha1.ConditionTargetPinned},
+	{v1alpha1.PhasePreparing, v1alpha1.ConditionPrepared},
+	{v1alpha1.PhaseCopying, v1alpha1.ConditionCaptured},
+	{v1alpha1.PhaseSwitching, v1alpha1.ConditionRestored},
+	{v1alpha1.PhaseVerifying, v1alpha1.ConditionSucceeded},
+}
+
+// failureReasons are the reasons that status.failure may have.
 var failureReasons = []string{
 	v1alpha1.ReasonVMINotFound, v1alpha1.ReasonVMINotRunning, v1alpha1.ReasonInterfaceNotFound,
 	v1alpha1.ReasonPostCopyAllowed, v1alpha1.ReasonDecentralized, v1alpha1.ReasonMigrationInProgress, v1alpha1.ReasonTargetNotFound,
@@ -99,7 +114,30 @@ var failureReasons = []string{
 	v1alpha1.ReasonPointOfNoReturn,
 }
 
-func init() {
+// serveMetrics has this process serve the manager's metrics, which other
+// processes of the same program do not.
+var serveMetrics = sync.OnceFunc(func() {
+	startSeries()
+	metrics.Registry.MustRegister(migrations, duration, phaseDuration, stepDuration, gateHold, vmStopped, deviceStopped, linkGap,
+		stateBytes, pagesMarked, rollbacks, underWayNow)
+})
+
+// startSeries has every series be there from the start: of one that appears with
+// its first migration, nobody could tell that it was increased.
+func startSeries() {
+	for _, result := range []string{"succeeded", "failed"} {
+		duration.WithLabelValues(result)
+	}
+	for _, p := range phases {
+		phaseDuration.WithLabelValues(string(p.phase))
+	}
+	for step := range steps {
+		stepDuration.WithLabelValues(step)
+	}
+	stepDuration.WithLabelValues(otherStep)
+	for _, side := range []string{"source", "target"} {
+		gateHold.WithLabelValues(side)
+	}
 	migrations.WithLabelValues("succeeded", v1alpha1.ConditionSucceeded)
 	for _, reason := range failureReasons {
 		migrations.WithLabelValues("failed", reason)
@@ -107,8 +145,6 @@ func init() {
 			rollbacks.WithLabelValues(result, reason)
 		}
 	}
-	metrics.Registry.MustRegister(migrations, duration, phaseDuration, stepDuration, gateHold, vmStopped, deviceStopped, linkGap,
-		stateBytes, pagesMarked, rollbacks, underWayNow)
 }
 
 // observeEnd counts a VFMigration that has just come to its end.
@@ -136,7 +172,7 @@ func observeEnd(s *scope) {
 	for _, step := range st.Steps {
 		name := step.Name
 		if !steps[name] {
-			name = "other"
+			name = otherStep
 		}
 		stepDuration.WithLabelValues(name).Observe(step.Took.Seconds())
 		switch name {
@@ -163,16 +199,7 @@ func observeEnd(s *scope) {
 // condition that nobody wrote ends no phase.
 func observePhases(s *scope) {
 	begin := s.vfm.Status.StartTime
-	for _, p := range []struct {
-		phase v1alpha1.VFMigrationPhase
-		end   string
-	}{
-		{v1alpha1.PhasePinning, v1alpha1.ConditionTargetPinned},
-		{v1alpha1.PhasePreparing, v1alpha1.ConditionPrepared},
-		{v1alpha1.PhaseCopying, v1alpha1.ConditionCaptured},
-		{v1alpha1.PhaseSwitching, v1alpha1.ConditionRestored},
-		{v1alpha1.PhaseVerifying, v1alpha1.ConditionSucceeded},
-	} {
+	for _, p := range phases {
 		c := s.condition(p.end)
 		if c.Status != metav1.ConditionTrue {
 			begin = nil

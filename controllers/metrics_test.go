@@ -8,6 +8,8 @@ import (
 	"go/token"
 	"maps"
 	"math"
+	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -59,6 +61,7 @@ func gather(t *testing.T, from prometheus.Gatherer) map[string]float64 {
 // observed returns what two reconciles of f add to the metrics.
 func observed(t *testing.T, f *fixture) map[string]float64 {
 	t.Helper()
+	serveMetrics()
 	before := gather(t, metrics.Registry)
 	c := f.start(t)
 	for range 2 { // an ended migration is counted once
@@ -249,5 +252,45 @@ func TestFailureReasons(t *testing.T) {
 	}
 	if found < len(failureReasons) {
 		t.Errorf("%s has %d reasons only", types, found)
+	}
+}
+
+// TestFailuresAreExplained: docs/failures.md says of every reason that a failure
+// may have what to do about it, and of no other.
+func TestFailuresAreExplained(t *testing.T) {
+	const page = "../docs/failures.md"
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	explained := map[string]bool{}
+	for _, row := range regexp.MustCompile("(?m)^\\| ((?:`[A-Za-z]+`(?:, )?)+) \\|").FindAllStringSubmatch(string(text), -1) {
+		for reason := range strings.SplitSeq(row[1], ", ") {
+			explained[strings.Trim(reason, "`")] = true
+		}
+	}
+	for _, reason := range failureReasons {
+		if !explained[reason] {
+			t.Errorf("%s has no row about %s", page, reason)
+		}
+		delete(explained, reason)
+	}
+	for reason := range explained {
+		t.Errorf("%s has a row about %s, which no failure has", page, reason)
+	}
+}
+
+// TestSeriesFromTheStart: a series that appears with its first migration has no
+// increase by it, so all are there before.
+func TestSeriesFromTheStart(t *testing.T) {
+	want := map[*prometheus.HistogramVec]int{duration: 2, phaseDuration: 5, stepDuration: len(steps) + 1, gateHold: 2}
+	for vec, n := range want {
+		vec.Reset()
+		startSeries()
+		registry := prometheus.NewRegistry()
+		registry.MustRegister(vec)
+		if got := gather(t, registry); len(got) != 2*n { // of each its count and its sum
+			t.Errorf("%v: %v, want %d series", desc(vec), slices.Sorted(maps.Keys(got)), n)
+		}
 	}
 }

@@ -1,7 +1,6 @@
 package rules
 
 import (
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
@@ -128,49 +127,6 @@ func TestAlertsNameWhatExists(t *testing.T) {
 	} {
 		if bad, err := wrong(expr, known); bad != want || err != nil {
 			t.Errorf("%s: %q, %v, want %q", expr, bad, err, want)
-		}
-	}
-}
-
-// TestDashboardNamesWhatExists: also that no panel lies upon another one.
-func TestDashboardNamesWhatExists(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(root, "charts/compsc/files/dashboard.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var board struct {
-		Panels []struct {
-			ID      int
-			Title   string
-			GridPos struct{ X, Y, W, H int }
-			Targets []struct{ Expr string }
-		}
-	}
-	if err := json.Unmarshal(text, &board); err != nil {
-		t.Fatal(err)
-	}
-	if len(board.Panels) == 0 {
-		t.Fatal("the dashboard has no panels")
-	}
-	known, ids, cells := metrics(t), map[int]string{}, map[[2]int]string{}
-	variables := strings.NewReplacer("$__rate_interval", "2m", "$__range", "6h")
-	for _, p := range board.Panels {
-		if ids[p.ID] != "" || len(p.Targets) == 0 {
-			t.Errorf("panel %q has the ID of %q, or no query", p.Title, ids[p.ID])
-		}
-		ids[p.ID] = p.Title
-		for _, q := range p.Targets {
-			if bad, err := wrong(variables.Replace(q.Expr), known); bad != "" || err != nil {
-				t.Errorf("panel %q: %s: %s%v", p.Title, q.Expr, bad, err)
-			}
-		}
-		for x := p.GridPos.X; x < p.GridPos.X+p.GridPos.W; x++ {
-			for y := p.GridPos.Y; y < p.GridPos.Y+p.GridPos.H; y++ {
-				if other := cells[[2]int{x, y}]; other != "" || x >= 24 {
-					t.Fatalf("panel %q lies upon %q, or beyond the edge", p.Title, other)
-				}
-				cells[[2]int{x, y}] = p.Title
-			}
 		}
 	}
 }

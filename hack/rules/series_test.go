@@ -114,26 +114,26 @@ func firing(t *testing.T, expr string, hold time.Duration, all series, length ti
 	t.Helper()
 	db, e := database(t, all, length), engine()
 	for d := max(length-hold, 0); d <= length; d += interval {
-		n, err := results(e, db, expr, begin.Add(d))
+		v, err := results(e, db, expr, begin.Add(d))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n == 0 {
+		if len(v) == 0 {
 			return false
 		}
 	}
 	return true
 }
 
-func results(e *promql.Engine, db storage.Queryable, expr string, at time.Time) (int, error) {
+func results(e *promql.Engine, db storage.Queryable, expr string, at time.Time) (promql.Vector, error) {
 	q, err := e.NewInstantQuery(context.Background(), db, nil, expr, at)
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w", expr, err)
+		return nil, fmt.Errorf("%s: %w", expr, err)
 	}
 	defer q.Close()
 	v, err := q.Exec(context.Background()).Vector()
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w", expr, err)
+		return nil, fmt.Errorf("%s: %w", expr, err)
 	}
-	return len(v), nil
+	return slices.Clone(v), nil
 }
