@@ -31,7 +31,7 @@ var vmMACs, blockerMACs = []string{"52:54:00:c0:5c:01", "52:54:00:c0:5c:11"}, []
 // traffic from outside is moved in every way that users have. One that
 // cannot be moved is left alone, and everybody is told why.
 func TestMove(t *testing.T) {
-	ctx := testContext(t, 20*time.Minute)
+	ctx := testContext(t, 30*time.Minute)
 	g, err := stack.Boot(ctx, vm, vmMACs, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ package kubevirt
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -15,6 +16,10 @@ import (
 	"compsc.io/compsc/e2e/helm"
 	"compsc.io/compsc/e2e/traffic"
 )
+
+// madeKinds are those of the chart's objects.
+const madeKinds = "deployments,daemonsets,serviceaccounts,networkpolicies,poddisruptionbudgets,roles,rolebindings,clusterroles,clusterrolebindings," +
+	"validatingadmissionpolicies,validatingadmissionpolicybindings,mutatingadmissionpolicies,mutatingadmissionpolicybindings,migrationpolicies.migrations.kubevirt.io"
 
 // operated: agents and manager are replaced, taken away and brought back while
 // a virtual machine has its VFs in use, which it does not notice; and it can
@@ -37,8 +42,17 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 			t.Fatalf("%s: %v", when, err)
 		}
 	}
+	// What Helm made, by the label that all of it has, but for the CRDs, which it keeps.
+	made := func() []string {
+		t.Helper()
+		out, err := stack.Kubectl(ctx, "", "get", madeKinds, "--all-namespaces", "--selector", "app.kubernetes.io/instance="+helm.Release, "--output", "name", "--ignore-not-found")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Fields(out)
+	}
 	first := pods()
-	upgrade := []string{"upgrade", helm.Release, stack.o.Artifacts.Chart, "--reuse-values",
+	upgrade := []string{"upgrade", helm.Release, stack.o.Artifacts.Chart, "--reset-then-reuse-values",
 		"--set", "agent.podAnnotations.round=two,manager.podAnnotations.round=two"}
 	if err := stack.Helm(ctx, upgrade...); err != nil {
 		t.Fatal(err)
@@ -53,6 +67,11 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	}
 	undisturbed("after helm upgrade")
 
+	for _, kind := range []string{"deployment.apps", "daemonset.apps", "clusterrole.rbac.authorization.k8s.io", "validatingadmissionpolicy.admissionregistration.k8s.io"} {
+		if !slices.ContainsFunc(made(), func(name string) bool { return strings.HasPrefix(name, kind+"/") }) {
+			t.Errorf("nothing that Helm made is a %s: %q", kind, made())
+		}
+	}
 	if err := stack.Helm(ctx, "uninstall", helm.Release); err != nil {
 		t.Fatal(err)
 	}
@@ -60,6 +79,9 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 		return len(pods()) == 0, nil
 	}); err != nil {
 		t.Fatal(err)
+	}
+	if left := made(); len(left) > 0 {
+		t.Errorf("left after helm uninstall: %q", left)
 	}
 	undisturbed("after helm uninstall")
 
