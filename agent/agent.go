@@ -51,6 +51,9 @@ type Host interface {
 	Answer(ctx context.Context, address string, on bool) error
 	// Release takes back what Prepare did; it must work in any state.
 	Release(ctx context.Context, address string) error
+	// Settings returns what the administrator has set for a VF, nil where
+	// there is no such thing.
+	Settings(ctx context.Context, address string) (*host.Settings, error)
 	// Held lists the VFs that were prepared and not released, also by an agent
 	// before this one, as far as that needs to be known.
 	Held(ctx context.Context) ([]string, error)

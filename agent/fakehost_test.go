@@ -19,6 +19,7 @@ type fakeHost struct {
 	err      error
 	settled  int
 	damage   []host.Damage
+	settings *host.Settings
 	// releaseError fails Release.
 	releaseError error
 	// answerError fails Answer; told hears of whatever it, or Prepare, changes.
@@ -91,6 +92,19 @@ func (h *fakeHost) Held(context.Context) ([]string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Sorted(maps.Keys(h.prepared)), h.err
+}
+
+func (h *fakeHost) Settings(context.Context, string) (*host.Settings, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.settings, nil
+}
+
+// set has the administrator set the same for all VFs.
+func (h *fakeHost) set(s host.Settings) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.settings = &s
 }
 
 func (h *fakeHost) Settle(context.Context) error {

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -294,6 +295,26 @@ func (d *drill) again(e *end) {
 	e.before, err = e.settings()
 	d.must(err)
 	d.raise(e)
+}
+
+// TestNodeAdministration: a VM does not come into another port VLAN.
+func TestNodeAdministration(t *testing.T) {
+	d := newDrill(t)
+	link, err := d.dst.pf.Link()
+	d.must(err)
+	d.must(netlink.LinkSetVfVlanQos(link, d.dst.vf.Number, 7, 0))
+	t.Cleanup(func() { d.must(netlink.LinkSetVfVlanQos(link, d.dst.vf.Number, 0, 0)) })
+	d.dst.before, err = d.dst.settings()
+	d.must(err)
+	if got := d.play("", nil); got != stayed {
+		t.Errorf("the VM %s", got)
+	}
+	c := meta.FindStatusCondition(d.get().Status.Conditions, v1alpha1.ConditionPrepared)
+	if c == nil || c.Reason != v1alpha1.ReasonIncompatible || !strings.Contains(c.Message, "port VLAN 0, here 7") {
+		t.Errorf("condition %+v", c)
+	}
+	d.must(d.traffic("afterwards"))
+	d.free()
 }
 
 // TestNodeFaults: whatever is killed, pulled down or removed, in whatever step of

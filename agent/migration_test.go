@@ -19,6 +19,7 @@ import (
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/device/handoff"
+	"compsc.io/compsc/agent/host"
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 )
@@ -320,6 +321,11 @@ func TestRefusedBeforehand(t *testing.T) {
 		reason    string
 		message   string
 	}{
+		{"another port VLAN", func(s *scene) {
+			s.from.host.set(host.Settings{VLAN: 7, SpoofCheck: true, Trust: true})
+			s.to.host.set(host.Settings{SpoofCheck: true})
+		}, v1alpha1.ConditionPrepared, v1alpha1.ReasonIncompatible,
+			"node b refuses: the PF of interface blue's VF has set port VLAN 7, here 0, trust on, here off; have the network's definition"},
 		{"incompatible", func(s *scene) { s.dst.set(func() { s.dst.refuse = "mailbox API 1.5 is unknown here" }) },
 			v1alpha1.ConditionPrepared, v1alpha1.ReasonIncompatible, "mailbox API 1.5 is unknown here"},
 		{"source device too new", func(s *scene) { s.src.set(func() { s.src.protocols = &pb.Protocols{Oldest: 2, Newest: 3} }) },

@@ -144,6 +144,16 @@ func (s *service) Prepare(ctx context.Context, r *peerpb.PrepareRequest) (*peerp
 	if f != nil {
 		return &peerpb.PrepareReply{Reason: f.reason, Message: f.Error()}, nil
 	}
+	st, err := s.status(c.ctx, c.d)
+	if err != nil {
+		return nil, ofDevice(err)
+	}
+	if f, err = s.checkAdministration(c.ctx, st, r.GetInterfaces()); err != nil {
+		return nil, status.Error(codes.Unavailable, say(err))
+	}
+	if f != nil {
+		return &peerpb.PrepareReply{Reason: f.reason, Message: f.Error()}, nil
+	}
 	reply, err := c.d.PrepareTarget(c.ctx, &controlpb.PrepareTargetRequest{MigrationUid: string(c.m.UID),
 		Interfaces: r.GetInterfaces(), HoldTimeout: durationpb.New(c.m.Spec.Timeouts.HoldTimeout())})
 	if err != nil {

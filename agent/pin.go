@@ -128,12 +128,16 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 	if err != nil {
 		return nil, fmt.Errorf("device process of pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
-	for _, p := range out {
-		attached, err := isAttached(st, p)
+	for n := range out {
+		p := &out[n]
+		attached, err := isAttached(st, *p)
 		if err != nil {
 			return nil, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
 		}
 		if attached {
+			if p.ref.VLAN, err = a.portVLAN(ctx, p.ref.VF); err != nil {
+				return nil, fmt.Errorf("interface %s: %w", p.iface, err)
+			}
 			continue
 		}
 		if err := a.checkGiven(ctx, pod, p.ref.VF); err != nil {
@@ -180,12 +184,13 @@ func isAttached(st *controlpb.StatusReply, p pinned) (bool, error) {
 	return false, nil
 }
 
-func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, role string) error {
-	v, err := a.host.Prepare(ctx, host.Request{Address: p.ref.VF, MAC: p.ref.MAC, VLAN: int(p.ref.VLAN), Silent: role == handoff.RoleTarget})
+func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p *pinned, role string) error {
+	v, err := a.host.Prepare(ctx, host.Request{Address: p.ref.VF, MAC: p.ref.MAC, Silent: role == handoff.RoleTarget})
 	if err != nil {
 		return err
 	}
 	defer v.Close() // the device process has its own descriptors by then
+	p.ref.VLAN = int32(v.VLAN)
 	if v.Backend == host.BackendVFIO {
 		if err := d.unlimitMemlock(ctx); err != nil {
 			// What it may lock may be enough; it says so if it is not.
@@ -198,6 +203,15 @@ func (a *agent) attach(ctx context.Context, d *device, vf host.VF, p pinned, rol
 		Model: handoff.Model{ReadOnlyRXHead: v.Model.ReadOnlyRXHead, ReadOnlyTXHead: v.Model.ReadOnlyTXHead, MulticastFilterType: v.Model.MulticastFilterType, MTU: v.Model.MTU},
 		VFIO:  handoff.VFIO{API: v.API},
 	}, v.Files)
+}
+
+// portVLAN returns the port VLAN that is set for a VF, 0 for none.
+func (a *agent) portVLAN(ctx context.Context, vf string) (int32, error) {
+	s, err := a.host.Settings(ctx, vf)
+	if err != nil || s == nil {
+		return 0, err
+	}
+	return int32(s.VLAN), nil
 }
 
 // status asks a device process where it stands.

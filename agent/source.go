@@ -129,6 +129,9 @@ func (r *sourceRun) prepare(ctx context.Context) *failure {
 	}); err != nil {
 		return r.deviceFailure(err)
 	}
+	if err := r.addAdministration(ctx, st, described.GetInterfaces()); err != nil {
+		return &failure{v1alpha1.ReasonDeviceUnavailable, err}
+	}
 	var verdict *peerpb.PrepareReply
 	if err := persist(ctx, r.limits.retry, r.limits.pause, func(ctx context.Context) (err error) {
 		verdict, err = r.peer.Prepare(ctx, &peerpb.PrepareRequest{Migration: named(r.m), Interfaces: described.GetInterfaces(), Protocols: ownProtocols()})
@@ -149,12 +152,16 @@ func (r *sourceRun) prepare(ctx context.Context) *failure {
 	if err != nil {
 		return &failure{v1alpha1.ReasonDeviceUnavailable, err}
 	}
+	vlans := map[string]uint32{}
+	for _, i := range described.GetInterfaces() {
+		vlans[i.GetName()] = i.GetAdministration().GetVlan()
+	}
 	// Not awaited: pre-copy may begin, and end, at any moment from here.
 	r.work.ensure(workKey{r.m.UID, preparedWriter}, func(ctx context.Context) {
 		if err := r.record(ctx, r.m, forward(func(m *vfMigration) {
 			for _, i := range st.GetInterfaces() {
 				deviceOf(m, i.GetName()).FastPath = i.GetFastPath()
-				deviceOf(m, i.GetName()).Source = &v1alpha1.VFReference{PF: pfs[i.GetVf()].Name, VF: i.GetVf(), MAC: i.GetMac(), Epoch: int64(i.GetEpoch())}
+				deviceOf(m, i.GetName()).Source = &v1alpha1.VFReference{PF: pfs[i.GetVf()].Name, VF: i.GetVf(), MAC: i.GetMac(), VLAN: int32(vlans[i.GetName()]), Epoch: int64(i.GetEpoch())}
 			}
 			setPrepared(m)
 		})); err != nil && !errors.Is(err, errOver) {

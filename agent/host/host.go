@@ -5,7 +5,12 @@ package host
 
 import (
 	"os"
+
+	"compsc.io/compsc/agent/host/journal"
 )
+
+// Settings are what a PF's administrator has set for a VF.
+type Settings = journal.Settings
 
 // Backends of VFs.
 const (

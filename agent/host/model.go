@@ -257,6 +257,9 @@ func (m *Model) Held(context.Context) ([]string, error) { return nil, nil }
 // Settle has nothing to finish: Release leaves nothing.
 func (m *Model) Settle(context.Context) error { return nil }
 
+// Settings returns none: nobody administers a model's VFs.
+func (m *Model) Settings(context.Context, string) (*Settings, error) { return nil, nil }
+
 // Damage finds nothing: nobody else changes a model.
 func (m *Model) Damage(context.Context) ([]Damage, error) { return nil, nil }
 

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -42,6 +43,59 @@ func settingsOf(l link, pf string, index int) (journal.Settings, error) {
 		return journal.Settings{}, fmt.Errorf("PF %s: its driver tells the settings of %d VFs, and not of number %d", pf, len(l.vfs), index)
 	}
 	return l.vfs[index], nil
+}
+
+// Settings returns what the PF has set for a VF now.
+func (h *SRIOV) Settings(_ context.Context, address string) (*Settings, error) {
+	p, v, err := h.find(address)
+	if err != nil {
+		return nil, err
+	}
+	l, err := h.links.get(p.Name)
+	if err != nil {
+		return nil, fmt.Errorf("VF %s: %w", address, err)
+	}
+	s, err := settingsOf(l, p.Name, v.Index)
+	if err != nil {
+		return nil, fmt.Errorf("VF %s: %w", address, err)
+	}
+	return &s, nil
+}
+
+// Differences says in words in which settings two VFs differ that a VM may move
+// between, but for the MAC, which moves with it.
+func Differences(from, to Settings) []string {
+	var out []string
+	differs := func(what string, from, to any) {
+		if from != to {
+			out = append(out, fmt.Sprintf("%s %v, here %v", what, from, to))
+		}
+	}
+	differs("port VLAN", from.VLAN, to.VLAN)
+	differs("port VLAN's QoS", from.QoS, to.QoS)
+	if from.VLAN != 0 && to.VLAN != 0 && from.Proto != 0 && to.Proto != 0 {
+		differs("port VLAN's protocol", fmt.Sprintf("%#x", from.Proto), fmt.Sprintf("%#x", to.Proto))
+	}
+	onOff := map[bool]string{true: "on", false: "off"}
+	differs("spoof check", onOff[from.SpoofCheck], onOff[to.SpoofCheck])
+	differs("trust", onOff[from.Trust], onOff[to.Trust])
+	differs("least rate in Mbit/s", from.MinRate, to.MinRate)
+	differs("greatest rate in Mbit/s", from.MaxRate, to.MaxRate)
+	differs("link state", linkState(from.LinkState), linkState(to.LinkState))
+	return out
+}
+
+// linkState names a link state as ip-link(8) does.
+func linkState(s uint32) string {
+	switch s {
+	case 0:
+		return "auto"
+	case 1:
+		return "enable"
+	case 2:
+		return "disable"
+	}
+	return fmt.Sprint(s)
 }
 
 // apply brings a VF's settings from what they are to what they shall be. What

@@ -51,6 +51,27 @@ func realNode(t *testing.T) *SRIOV {
 	return h
 }
 
+// waitForLink waits until the PF has a link.
+func waitForLink(t *testing.T) {
+	t.Helper()
+	updates, done := make(chan netlink.LinkUpdate), make(chan struct{})
+	defer close(done)
+	if err := netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{ListExisting: true}); err != nil {
+		t.Fatal(err)
+	}
+	late := time.After(30 * time.Second)
+	for {
+		select {
+		case u := <-updates:
+			if a := u.Attrs(); a.Name == nodePF && a.OperState == netlink.OperUp {
+				return
+			}
+		case <-late:
+			t.Fatalf("%s has no link", nodePF)
+		}
+	}
+}
+
 func setVFs(t *testing.T, n int) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join("/sys/class/net", nodePF, "device/sriov_numvfs"), []byte(fmt.Sprint(n)), 0); err != nil {
@@ -98,7 +119,24 @@ func TestNodePrepareAndRelease(t *testing.T) {
 	h := realNode(t)
 	vfs := vfsOf(t, h)
 	// Settings of the administrator's own, of all kinds that igb has.
-	own := journal.Settings{MAC: "52:54:00:00:00:77", VLAN: 12, QoS: 5, Proto: 0x8100, SpoofCheck: false, Trust: true}
+	own := journal.Settings{MAC: "52:54:00:00:00:77", VLAN: 12, QoS: 5, Proto: 0x8100, SpoofCheck: false, Trust: true, MaxRate: 300}
+	// The rate is of the link's speed, which is known once it is up.
+	waitForLink(t)
+	// igb has no link state of a VF, nor a least rate: what it refuses is told.
+	l, err := h.links.get(nodePF)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, change := range map[string]func(*journal.Settings){
+		"link state": func(s *journal.Settings) { s.LinkState = 1 },
+		"rate":       func(s *journal.Settings) { s.MinRate = 5 },
+	} {
+		want := l.vfs[0]
+		change(&want)
+		if err := apply(h.links, nodePF, 0, l.vfs[0], want); err == nil || !strings.Contains(err.Error(), "PF "+nodePF+", VF 0, "+what) {
+			t.Errorf("igb's refusal of a %s: %v", what, err)
+		}
+	}
 	for i, s := range []journal.Settings{{MAC: noMAC, Proto: 0x8100, SpoofCheck: true}, own} {
 		v := vfs[i]
 		if i > 0 {
@@ -141,6 +179,9 @@ func TestNodePrepareAndRelease(t *testing.T) {
 		}
 		if damage, err := h.Damage(t.Context()); err != nil || len(damage) > 0 {
 			t.Errorf("damage %q (%v)", damage, err)
+		}
+		if is, err := h.Settings(t.Context(), v.Address); err != nil || len(Differences(s, *is)) > 0 {
+			t.Errorf("in use, the VF has %+v (%v), want %+v but for the MAC", is, err, s)
 		}
 		// Released under the process that uses it: the driver follows later.
 		begin := time.Now()

@@ -633,3 +633,37 @@ func TestSRIOVMakesIOMMU(t *testing.T) {
 		t.Errorf("made %q, want %q", made, want)
 	}
 }
+
+// A VM does not move between VFs whose administrator treats them differently;
+// its MAC moves with it.
+func TestSRIOVDifferences(t *testing.T) {
+	n := newFakeNode(t)
+	from, err := n.host().Settings(t.Context(), vf1)
+	n.must(err)
+	if list := Differences(*from, *from); len(list) > 0 {
+		t.Errorf("a VF differs from itself: %q", list)
+	}
+	for want, change := range map[string]func(*journal.Settings){
+		"":                          func(s *journal.Settings) { s.MAC, s.Proto = macA, 0 },
+		"port VLAN 7, here 8":       func(s *journal.Settings) { s.VLAN = 8 },
+		"port VLAN 7, here 0":       func(s *journal.Settings) { s.VLAN, s.Proto = 0, 0 },
+		"port VLAN's QoS 3, here 0": func(s *journal.Settings) { s.QoS = 0 },
+		"port VLAN's protocol 0x8100, here 0x88a8": func(s *journal.Settings) { s.Proto = 0x88a8 },
+		"spoof check off, here on":                 func(s *journal.Settings) { s.SpoofCheck = true },
+		"trust on, here off":                       func(s *journal.Settings) { s.Trust = false },
+		"least rate in Mbit/s 0, here 5":           func(s *journal.Settings) { s.MinRate = 5 },
+		"greatest rate in Mbit/s 100, here 0":      func(s *journal.Settings) { s.MaxRate = 0 },
+		"link state enable, here disable":          func(s *journal.Settings) { s.LinkState = 2 },
+	} {
+		n := newFakeNode(t)
+		change(&n.pfs["eth0"].vfs[1])
+		to, err := n.host().Settings(t.Context(), vf1)
+		n.must(err)
+		if got := strings.Join(Differences(*from, *to), "; "); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	if _, err := n.host().Settings(t.Context(), pf0); err == nil {
+		t.Error("settings of what is no VF")
+	}
+}

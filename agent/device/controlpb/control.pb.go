@@ -625,9 +625,12 @@ type SourceInterface struct {
 	MailboxRecord []byte `protobuf:"bytes,14,opt,name=mailbox_record,json=mailboxRecord,proto3" json:"mailbox_record,omitempty"`
 	// The guest reaches the VF's doorbells past the device process; its QEMU on
 	// the target must find that too.
-	FastPath      bool `protobuf:"varint,15,opt,name=fast_path,json=fastPath,proto3" json:"fast_path,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	FastPath bool `protobuf:"varint,15,opt,name=fast_path,json=fastPath,proto3" json:"fast_path,omitempty"`
+	// What the node's administrator has set for the VF on its PF, filled in by
+	// the source's agent; absent where nothing is.
+	Administration *Administration `protobuf:"bytes,16,opt,name=administration,proto3" json:"administration,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SourceInterface) Reset() {
@@ -765,6 +768,115 @@ func (x *SourceInterface) GetFastPath() bool {
 	return false
 }
 
+func (x *SourceInterface) GetAdministration() *Administration {
+	if x != nil {
+		return x.Administration
+	}
+	return nil
+}
+
+// Settings of a PF for one VF (ip-link(8), "vf").
+type Administration struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Vlan       uint32                 `protobuf:"varint,1,opt,name=vlan,proto3" json:"vlan,omitempty"`
+	Qos        uint32                 `protobuf:"varint,2,opt,name=qos,proto3" json:"qos,omitempty"`
+	Protocol   uint32                 `protobuf:"varint,3,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	SpoofCheck bool                   `protobuf:"varint,4,opt,name=spoof_check,json=spoofCheck,proto3" json:"spoof_check,omitempty"`
+	Trust      bool                   `protobuf:"varint,5,opt,name=trust,proto3" json:"trust,omitempty"`
+	// In Mbit/s, 0 for no limit.
+	MinRate       uint32 `protobuf:"varint,6,opt,name=min_rate,json=minRate,proto3" json:"min_rate,omitempty"`
+	MaxRate       uint32 `protobuf:"varint,7,opt,name=max_rate,json=maxRate,proto3" json:"max_rate,omitempty"`
+	LinkState     uint32 `protobuf:"varint,8,opt,name=link_state,json=linkState,proto3" json:"link_state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Administration) Reset() {
+	*x = Administration{}
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Administration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Administration) ProtoMessage() {}
+
+func (x *Administration) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Administration.ProtoReflect.Descriptor instead.
+func (*Administration) Descriptor() ([]byte, []int) {
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Administration) GetVlan() uint32 {
+	if x != nil {
+		return x.Vlan
+	}
+	return 0
+}
+
+func (x *Administration) GetQos() uint32 {
+	if x != nil {
+		return x.Qos
+	}
+	return 0
+}
+
+func (x *Administration) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *Administration) GetSpoofCheck() bool {
+	if x != nil {
+		return x.SpoofCheck
+	}
+	return false
+}
+
+func (x *Administration) GetTrust() bool {
+	if x != nil {
+		return x.Trust
+	}
+	return false
+}
+
+func (x *Administration) GetMinRate() uint32 {
+	if x != nil {
+		return x.MinRate
+	}
+	return 0
+}
+
+func (x *Administration) GetMaxRate() uint32 {
+	if x != nil {
+		return x.MaxRate
+	}
+	return 0
+}
+
+func (x *Administration) GetLinkState() uint32 {
+	if x != nil {
+		return x.LinkState
+	}
+	return 0
+}
+
 type AwaitCaptureRequest struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	MigrationUid string                 `protobuf:"bytes,1,opt,name=migration_uid,json=migrationUid,proto3" json:"migration_uid,omitempty"`
@@ -776,7 +888,7 @@ type AwaitCaptureRequest struct {
 
 func (x *AwaitCaptureRequest) Reset() {
 	*x = AwaitCaptureRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +900,7 @@ func (x *AwaitCaptureRequest) String() string {
 func (*AwaitCaptureRequest) ProtoMessage() {}
 
 func (x *AwaitCaptureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[8]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +913,7 @@ func (x *AwaitCaptureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitCaptureRequest.ProtoReflect.Descriptor instead.
 func (*AwaitCaptureRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{8}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AwaitCaptureRequest) GetMigrationUid() string {
@@ -832,7 +944,7 @@ type AwaitCaptureReply struct {
 
 func (x *AwaitCaptureReply) Reset() {
 	*x = AwaitCaptureReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +956,7 @@ func (x *AwaitCaptureReply) String() string {
 func (*AwaitCaptureReply) ProtoMessage() {}
 
 func (x *AwaitCaptureReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[9]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +969,7 @@ func (x *AwaitCaptureReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitCaptureReply.ProtoReflect.Descriptor instead.
 func (*AwaitCaptureReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{9}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AwaitCaptureReply) GetStates() []*InterfaceState {
@@ -900,7 +1012,7 @@ type InterfaceState struct {
 
 func (x *InterfaceState) Reset() {
 	*x = InterfaceState{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +1024,7 @@ func (x *InterfaceState) String() string {
 func (*InterfaceState) ProtoMessage() {}
 
 func (x *InterfaceState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[10]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1037,7 @@ func (x *InterfaceState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceState.ProtoReflect.Descriptor instead.
 func (*InterfaceState) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{10}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *InterfaceState) GetName() string {
@@ -960,7 +1072,7 @@ type ReleaseSourceRequest struct {
 
 func (x *ReleaseSourceRequest) Reset() {
 	*x = ReleaseSourceRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1084,7 @@ func (x *ReleaseSourceRequest) String() string {
 func (*ReleaseSourceRequest) ProtoMessage() {}
 
 func (x *ReleaseSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[11]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1097,7 @@ func (x *ReleaseSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseSourceRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseSourceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{11}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReleaseSourceRequest) GetMigrationUid() string {
@@ -1019,7 +1131,7 @@ type ReleaseSourceReply struct {
 
 func (x *ReleaseSourceReply) Reset() {
 	*x = ReleaseSourceReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1143,7 @@ func (x *ReleaseSourceReply) String() string {
 func (*ReleaseSourceReply) ProtoMessage() {}
 
 func (x *ReleaseSourceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[12]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1156,7 @@ func (x *ReleaseSourceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseSourceReply.ProtoReflect.Descriptor instead.
 func (*ReleaseSourceReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{12}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReleaseSourceReply) GetPages() []*InterfacePages {
@@ -1071,7 +1183,7 @@ type InterfacePages struct {
 
 func (x *InterfacePages) Reset() {
 	*x = InterfacePages{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1195,7 @@ func (x *InterfacePages) String() string {
 func (*InterfacePages) ProtoMessage() {}
 
 func (x *InterfacePages) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[13]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1208,7 @@ func (x *InterfacePages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfacePages.ProtoReflect.Descriptor instead.
 func (*InterfacePages) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{13}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *InterfacePages) GetName() string {
@@ -1122,7 +1234,7 @@ type RelinquishRequest struct {
 
 func (x *RelinquishRequest) Reset() {
 	*x = RelinquishRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1246,7 @@ func (x *RelinquishRequest) String() string {
 func (*RelinquishRequest) ProtoMessage() {}
 
 func (x *RelinquishRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[14]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1259,7 @@ func (x *RelinquishRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelinquishRequest.ProtoReflect.Descriptor instead.
 func (*RelinquishRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{14}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RelinquishRequest) GetMigrationUid() string {
@@ -1165,7 +1277,7 @@ type RelinquishReply struct {
 
 func (x *RelinquishReply) Reset() {
 	*x = RelinquishReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1177,7 +1289,7 @@ func (x *RelinquishReply) String() string {
 func (*RelinquishReply) ProtoMessage() {}
 
 func (x *RelinquishReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[15]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1190,7 +1302,7 @@ func (x *RelinquishReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelinquishReply.ProtoReflect.Descriptor instead.
 func (*RelinquishReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{15}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{16}
 }
 
 type CancelSourceRequest struct {
@@ -1204,7 +1316,7 @@ type CancelSourceRequest struct {
 
 func (x *CancelSourceRequest) Reset() {
 	*x = CancelSourceRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1216,7 +1328,7 @@ func (x *CancelSourceRequest) String() string {
 func (*CancelSourceRequest) ProtoMessage() {}
 
 func (x *CancelSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[16]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +1341,7 @@ func (x *CancelSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelSourceRequest.ProtoReflect.Descriptor instead.
 func (*CancelSourceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{16}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelSourceRequest) GetMigrationUid() string {
@@ -1261,7 +1373,7 @@ type CancelSourceReply struct {
 
 func (x *CancelSourceReply) Reset() {
 	*x = CancelSourceReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1385,7 @@ func (x *CancelSourceReply) String() string {
 func (*CancelSourceReply) ProtoMessage() {}
 
 func (x *CancelSourceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[17]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1398,7 @@ func (x *CancelSourceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelSourceReply.ProtoReflect.Descriptor instead.
 func (*CancelSourceReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{17}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{18}
 }
 
 type PrepareTargetRequest struct {
@@ -1300,7 +1412,7 @@ type PrepareTargetRequest struct {
 
 func (x *PrepareTargetRequest) Reset() {
 	*x = PrepareTargetRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1424,7 @@ func (x *PrepareTargetRequest) String() string {
 func (*PrepareTargetRequest) ProtoMessage() {}
 
 func (x *PrepareTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[18]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1437,7 @@ func (x *PrepareTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareTargetRequest.ProtoReflect.Descriptor instead.
 func (*PrepareTargetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{18}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PrepareTargetRequest) GetMigrationUid() string {
@@ -1362,7 +1474,7 @@ type PrepareTargetReply struct {
 
 func (x *PrepareTargetReply) Reset() {
 	*x = PrepareTargetReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1486,7 @@ func (x *PrepareTargetReply) String() string {
 func (*PrepareTargetReply) ProtoMessage() {}
 
 func (x *PrepareTargetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[19]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1499,7 @@ func (x *PrepareTargetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareTargetReply.ProtoReflect.Descriptor instead.
 func (*PrepareTargetReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{19}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PrepareTargetReply) GetAccepted() bool {
@@ -1428,7 +1540,7 @@ type InterfaceEpoch struct {
 
 func (x *InterfaceEpoch) Reset() {
 	*x = InterfaceEpoch{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1440,7 +1552,7 @@ func (x *InterfaceEpoch) String() string {
 func (*InterfaceEpoch) ProtoMessage() {}
 
 func (x *InterfaceEpoch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[20]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1453,7 +1565,7 @@ func (x *InterfaceEpoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceEpoch.ProtoReflect.Descriptor instead.
 func (*InterfaceEpoch) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{20}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InterfaceEpoch) GetName() string {
@@ -1482,7 +1594,7 @@ type AcceptStateRequest struct {
 
 func (x *AcceptStateRequest) Reset() {
 	*x = AcceptStateRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1606,7 @@ func (x *AcceptStateRequest) String() string {
 func (*AcceptStateRequest) ProtoMessage() {}
 
 func (x *AcceptStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[21]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1619,7 @@ func (x *AcceptStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptStateRequest.ProtoReflect.Descriptor instead.
 func (*AcceptStateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{21}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AcceptStateRequest) GetMigrationUid() string {
@@ -1549,7 +1661,7 @@ type AcceptStateReply struct {
 
 func (x *AcceptStateReply) Reset() {
 	*x = AcceptStateReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1673,7 @@ func (x *AcceptStateReply) String() string {
 func (*AcceptStateReply) ProtoMessage() {}
 
 func (x *AcceptStateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[22]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1686,7 @@ func (x *AcceptStateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptStateReply.ProtoReflect.Descriptor instead.
 func (*AcceptStateReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{22}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AcceptStateReply) GetAccepted() bool {
@@ -1607,7 +1719,7 @@ type AwaitStartRequest struct {
 
 func (x *AwaitStartRequest) Reset() {
 	*x = AwaitStartRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1731,7 @@ func (x *AwaitStartRequest) String() string {
 func (*AwaitStartRequest) ProtoMessage() {}
 
 func (x *AwaitStartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[23]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1744,7 @@ func (x *AwaitStartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitStartRequest.ProtoReflect.Descriptor instead.
 func (*AwaitStartRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{23}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AwaitStartRequest) GetMigrationUid() string {
@@ -1650,7 +1762,7 @@ type AwaitStartReply struct {
 
 func (x *AwaitStartReply) Reset() {
 	*x = AwaitStartReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1774,7 @@ func (x *AwaitStartReply) String() string {
 func (*AwaitStartReply) ProtoMessage() {}
 
 func (x *AwaitStartReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[24]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1787,7 @@ func (x *AwaitStartReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitStartReply.ProtoReflect.Descriptor instead.
 func (*AwaitStartReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{24}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{25}
 }
 
 type ActivateRequest struct {
@@ -1687,7 +1799,7 @@ type ActivateRequest struct {
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1811,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[25]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1824,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{25}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ActivateRequest) GetMigrationUid() string {
@@ -1732,7 +1844,7 @@ type ActivateReply struct {
 
 func (x *ActivateReply) Reset() {
 	*x = ActivateReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1744,7 +1856,7 @@ func (x *ActivateReply) String() string {
 func (*ActivateReply) ProtoMessage() {}
 
 func (x *ActivateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[26]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1757,7 +1869,7 @@ func (x *ActivateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateReply.ProtoReflect.Descriptor instead.
 func (*ActivateReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{26}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ActivateReply) GetInterfaces() []*InterfaceRestore {
@@ -1788,7 +1900,7 @@ type InterfaceRestore struct {
 
 func (x *InterfaceRestore) Reset() {
 	*x = InterfaceRestore{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +1912,7 @@ func (x *InterfaceRestore) String() string {
 func (*InterfaceRestore) ProtoMessage() {}
 
 func (x *InterfaceRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[27]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +1925,7 @@ func (x *InterfaceRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceRestore.ProtoReflect.Descriptor instead.
 func (*InterfaceRestore) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{27}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *InterfaceRestore) GetName() string {
@@ -1853,7 +1965,7 @@ type AwaitRunningRequest struct {
 
 func (x *AwaitRunningRequest) Reset() {
 	*x = AwaitRunningRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +1977,7 @@ func (x *AwaitRunningRequest) String() string {
 func (*AwaitRunningRequest) ProtoMessage() {}
 
 func (x *AwaitRunningRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[28]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +1990,7 @@ func (x *AwaitRunningRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitRunningRequest.ProtoReflect.Descriptor instead.
 func (*AwaitRunningRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{28}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AwaitRunningRequest) GetMigrationUid() string {
@@ -1905,7 +2017,7 @@ type AwaitRunningReply struct {
 
 func (x *AwaitRunningReply) Reset() {
 	*x = AwaitRunningReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1917,7 +2029,7 @@ func (x *AwaitRunningReply) String() string {
 func (*AwaitRunningReply) ProtoMessage() {}
 
 func (x *AwaitRunningReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[29]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1930,7 +2042,7 @@ func (x *AwaitRunningReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitRunningReply.ProtoReflect.Descriptor instead.
 func (*AwaitRunningReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{29}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AwaitRunningReply) GetVmStopped() *durationpb.Duration {
@@ -1971,7 +2083,7 @@ type CancelTargetRequest struct {
 
 func (x *CancelTargetRequest) Reset() {
 	*x = CancelTargetRequest{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1983,7 +2095,7 @@ func (x *CancelTargetRequest) String() string {
 func (*CancelTargetRequest) ProtoMessage() {}
 
 func (x *CancelTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[30]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1996,7 +2108,7 @@ func (x *CancelTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTargetRequest.ProtoReflect.Descriptor instead.
 func (*CancelTargetRequest) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{30}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelTargetRequest) GetMigrationUid() string {
@@ -2021,7 +2133,7 @@ type CancelTargetReply struct {
 
 func (x *CancelTargetReply) Reset() {
 	*x = CancelTargetReply{}
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2145,7 @@ func (x *CancelTargetReply) String() string {
 func (*CancelTargetReply) ProtoMessage() {}
 
 func (x *CancelTargetReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_device_controlpb_control_proto_msgTypes[31]
+	mi := &file_agent_device_controlpb_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2158,7 @@ func (x *CancelTargetReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTargetReply.ProtoReflect.Descriptor instead.
 func (*CancelTargetReply) Descriptor() ([]byte, []int) {
-	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{31}
+	return file_agent_device_controlpb_control_proto_rawDescGZIP(), []int{32}
 }
 
 var File_agent_device_controlpb_control_proto protoreflect.FileDescriptor
@@ -2087,7 +2199,7 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x12PrepareSourceReply\x12A\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2!.compsc.device.v1.SourceInterfaceR\n" +
-	"interfaces\"\xe1\x03\n" +
+	"interfaces\"\xab\x04\n" +
 	"\x0fSourceInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06family\x18\x02 \x01(\tR\x06family\x12\x1b\n" +
@@ -2107,7 +2219,19 @@ const file_agent_device_controlpb_control_proto_rawDesc = "" +
 	"\x04slot\x18\f \x01(\rR\x04slot\x12\x16\n" +
 	"\x06socket\x18\r \x01(\tR\x06socket\x12%\n" +
 	"\x0emailbox_record\x18\x0e \x01(\fR\rmailboxRecord\x12\x1b\n" +
-	"\tfast_path\x18\x0f \x01(\bR\bfastPath\"t\n" +
+	"\tfast_path\x18\x0f \x01(\bR\bfastPath\x12H\n" +
+	"\x0eadministration\x18\x10 \x01(\v2 .compsc.device.v1.AdministrationR\x0eadministration\"\xde\x01\n" +
+	"\x0eAdministration\x12\x12\n" +
+	"\x04vlan\x18\x01 \x01(\rR\x04vlan\x12\x10\n" +
+	"\x03qos\x18\x02 \x01(\rR\x03qos\x12\x1a\n" +
+	"\bprotocol\x18\x03 \x01(\rR\bprotocol\x12\x1f\n" +
+	"\vspoof_check\x18\x04 \x01(\bR\n" +
+	"spoofCheck\x12\x14\n" +
+	"\x05trust\x18\x05 \x01(\bR\x05trust\x12\x19\n" +
+	"\bmin_rate\x18\x06 \x01(\rR\aminRate\x12\x19\n" +
+	"\bmax_rate\x18\a \x01(\rR\amaxRate\x12\x1d\n" +
+	"\n" +
+	"link_state\x18\b \x01(\rR\tlinkState\"t\n" +
 	"\x13AwaitCaptureRequest\x12#\n" +
 	"\rmigration_uid\x18\x01 \x01(\tR\fmigrationUid\x128\n" +
 	"\x06epochs\x18\x02 \x03(\v2 .compsc.device.v1.InterfaceEpochR\x06epochs\"\x85\x02\n" +
@@ -2235,7 +2359,7 @@ func file_agent_device_controlpb_control_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_device_controlpb_control_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_device_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_agent_device_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_agent_device_controlpb_control_proto_goTypes = []any{
 	(Role)(0),                    // 0: compsc.device.v1.Role
 	(Phase)(0),                   // 1: compsc.device.v1.Phase
@@ -2247,88 +2371,90 @@ var file_agent_device_controlpb_control_proto_goTypes = []any{
 	(*PrepareSourceRequest)(nil), // 7: compsc.device.v1.PrepareSourceRequest
 	(*PrepareSourceReply)(nil),   // 8: compsc.device.v1.PrepareSourceReply
 	(*SourceInterface)(nil),      // 9: compsc.device.v1.SourceInterface
-	(*AwaitCaptureRequest)(nil),  // 10: compsc.device.v1.AwaitCaptureRequest
-	(*AwaitCaptureReply)(nil),    // 11: compsc.device.v1.AwaitCaptureReply
-	(*InterfaceState)(nil),       // 12: compsc.device.v1.InterfaceState
-	(*ReleaseSourceRequest)(nil), // 13: compsc.device.v1.ReleaseSourceRequest
-	(*ReleaseSourceReply)(nil),   // 14: compsc.device.v1.ReleaseSourceReply
-	(*InterfacePages)(nil),       // 15: compsc.device.v1.InterfacePages
-	(*RelinquishRequest)(nil),    // 16: compsc.device.v1.RelinquishRequest
-	(*RelinquishReply)(nil),      // 17: compsc.device.v1.RelinquishReply
-	(*CancelSourceRequest)(nil),  // 18: compsc.device.v1.CancelSourceRequest
-	(*CancelSourceReply)(nil),    // 19: compsc.device.v1.CancelSourceReply
-	(*PrepareTargetRequest)(nil), // 20: compsc.device.v1.PrepareTargetRequest
-	(*PrepareTargetReply)(nil),   // 21: compsc.device.v1.PrepareTargetReply
-	(*InterfaceEpoch)(nil),       // 22: compsc.device.v1.InterfaceEpoch
-	(*AcceptStateRequest)(nil),   // 23: compsc.device.v1.AcceptStateRequest
-	(*AcceptStateReply)(nil),     // 24: compsc.device.v1.AcceptStateReply
-	(*AwaitStartRequest)(nil),    // 25: compsc.device.v1.AwaitStartRequest
-	(*AwaitStartReply)(nil),      // 26: compsc.device.v1.AwaitStartReply
-	(*ActivateRequest)(nil),      // 27: compsc.device.v1.ActivateRequest
-	(*ActivateReply)(nil),        // 28: compsc.device.v1.ActivateReply
-	(*InterfaceRestore)(nil),     // 29: compsc.device.v1.InterfaceRestore
-	(*AwaitRunningRequest)(nil),  // 30: compsc.device.v1.AwaitRunningRequest
-	(*AwaitRunningReply)(nil),    // 31: compsc.device.v1.AwaitRunningReply
-	(*CancelTargetRequest)(nil),  // 32: compsc.device.v1.CancelTargetRequest
-	(*CancelTargetReply)(nil),    // 33: compsc.device.v1.CancelTargetReply
-	(*durationpb.Duration)(nil),  // 34: google.protobuf.Duration
+	(*Administration)(nil),       // 10: compsc.device.v1.Administration
+	(*AwaitCaptureRequest)(nil),  // 11: compsc.device.v1.AwaitCaptureRequest
+	(*AwaitCaptureReply)(nil),    // 12: compsc.device.v1.AwaitCaptureReply
+	(*InterfaceState)(nil),       // 13: compsc.device.v1.InterfaceState
+	(*ReleaseSourceRequest)(nil), // 14: compsc.device.v1.ReleaseSourceRequest
+	(*ReleaseSourceReply)(nil),   // 15: compsc.device.v1.ReleaseSourceReply
+	(*InterfacePages)(nil),       // 16: compsc.device.v1.InterfacePages
+	(*RelinquishRequest)(nil),    // 17: compsc.device.v1.RelinquishRequest
+	(*RelinquishReply)(nil),      // 18: compsc.device.v1.RelinquishReply
+	(*CancelSourceRequest)(nil),  // 19: compsc.device.v1.CancelSourceRequest
+	(*CancelSourceReply)(nil),    // 20: compsc.device.v1.CancelSourceReply
+	(*PrepareTargetRequest)(nil), // 21: compsc.device.v1.PrepareTargetRequest
+	(*PrepareTargetReply)(nil),   // 22: compsc.device.v1.PrepareTargetReply
+	(*InterfaceEpoch)(nil),       // 23: compsc.device.v1.InterfaceEpoch
+	(*AcceptStateRequest)(nil),   // 24: compsc.device.v1.AcceptStateRequest
+	(*AcceptStateReply)(nil),     // 25: compsc.device.v1.AcceptStateReply
+	(*AwaitStartRequest)(nil),    // 26: compsc.device.v1.AwaitStartRequest
+	(*AwaitStartReply)(nil),      // 27: compsc.device.v1.AwaitStartReply
+	(*ActivateRequest)(nil),      // 28: compsc.device.v1.ActivateRequest
+	(*ActivateReply)(nil),        // 29: compsc.device.v1.ActivateReply
+	(*InterfaceRestore)(nil),     // 30: compsc.device.v1.InterfaceRestore
+	(*AwaitRunningRequest)(nil),  // 31: compsc.device.v1.AwaitRunningRequest
+	(*AwaitRunningReply)(nil),    // 32: compsc.device.v1.AwaitRunningReply
+	(*CancelTargetRequest)(nil),  // 33: compsc.device.v1.CancelTargetRequest
+	(*CancelTargetReply)(nil),    // 34: compsc.device.v1.CancelTargetReply
+	(*durationpb.Duration)(nil),  // 35: google.protobuf.Duration
 }
 var file_agent_device_controlpb_control_proto_depIdxs = []int32{
 	0,  // 0: compsc.device.v1.StatusReply.role:type_name -> compsc.device.v1.Role
 	1,  // 1: compsc.device.v1.StatusReply.phase:type_name -> compsc.device.v1.Phase
 	5,  // 2: compsc.device.v1.StatusReply.interfaces:type_name -> compsc.device.v1.InterfaceStatus
 	4,  // 3: compsc.device.v1.StatusReply.protocols:type_name -> compsc.device.v1.Protocols
-	34, // 4: compsc.device.v1.Step.took:type_name -> google.protobuf.Duration
-	34, // 5: compsc.device.v1.PrepareSourceRequest.hold_timeout:type_name -> google.protobuf.Duration
+	35, // 4: compsc.device.v1.Step.took:type_name -> google.protobuf.Duration
+	35, // 5: compsc.device.v1.PrepareSourceRequest.hold_timeout:type_name -> google.protobuf.Duration
 	9,  // 6: compsc.device.v1.PrepareSourceReply.interfaces:type_name -> compsc.device.v1.SourceInterface
-	22, // 7: compsc.device.v1.AwaitCaptureRequest.epochs:type_name -> compsc.device.v1.InterfaceEpoch
-	12, // 8: compsc.device.v1.AwaitCaptureReply.states:type_name -> compsc.device.v1.InterfaceState
-	6,  // 9: compsc.device.v1.AwaitCaptureReply.steps:type_name -> compsc.device.v1.Step
-	34, // 10: compsc.device.v1.AwaitCaptureReply.vm_stopped_for:type_name -> google.protobuf.Duration
-	34, // 11: compsc.device.v1.AwaitCaptureReply.device_stopped_for:type_name -> google.protobuf.Duration
-	15, // 12: compsc.device.v1.ReleaseSourceReply.pages:type_name -> compsc.device.v1.InterfacePages
-	6,  // 13: compsc.device.v1.ReleaseSourceReply.steps:type_name -> compsc.device.v1.Step
-	9,  // 14: compsc.device.v1.PrepareTargetRequest.interfaces:type_name -> compsc.device.v1.SourceInterface
-	34, // 15: compsc.device.v1.PrepareTargetRequest.hold_timeout:type_name -> google.protobuf.Duration
-	22, // 16: compsc.device.v1.PrepareTargetReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
-	12, // 17: compsc.device.v1.AcceptStateRequest.states:type_name -> compsc.device.v1.InterfaceState
-	34, // 18: compsc.device.v1.AcceptStateRequest.vm_stopped_for:type_name -> google.protobuf.Duration
-	34, // 19: compsc.device.v1.AcceptStateRequest.device_stopped_for:type_name -> google.protobuf.Duration
-	29, // 20: compsc.device.v1.ActivateReply.interfaces:type_name -> compsc.device.v1.InterfaceRestore
-	6,  // 21: compsc.device.v1.ActivateReply.steps:type_name -> compsc.device.v1.Step
-	34, // 22: compsc.device.v1.AwaitRunningReply.vm_stopped:type_name -> google.protobuf.Duration
-	34, // 23: compsc.device.v1.AwaitRunningReply.device_stopped:type_name -> google.protobuf.Duration
-	6,  // 24: compsc.device.v1.AwaitRunningReply.steps:type_name -> compsc.device.v1.Step
-	34, // 25: compsc.device.v1.AwaitRunningReply.link_gap:type_name -> google.protobuf.Duration
-	2,  // 26: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
-	7,  // 27: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
-	10, // 28: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
-	13, // 29: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
-	16, // 30: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
-	18, // 31: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
-	20, // 32: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
-	23, // 33: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
-	25, // 34: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
-	27, // 35: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
-	30, // 36: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
-	32, // 37: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
-	3,  // 38: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
-	8,  // 39: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
-	11, // 40: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
-	14, // 41: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
-	17, // 42: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
-	19, // 43: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
-	21, // 44: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
-	24, // 45: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
-	26, // 46: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
-	28, // 47: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
-	31, // 48: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
-	33, // 49: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
-	38, // [38:50] is the sub-list for method output_type
-	26, // [26:38] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	10, // 7: compsc.device.v1.SourceInterface.administration:type_name -> compsc.device.v1.Administration
+	23, // 8: compsc.device.v1.AwaitCaptureRequest.epochs:type_name -> compsc.device.v1.InterfaceEpoch
+	13, // 9: compsc.device.v1.AwaitCaptureReply.states:type_name -> compsc.device.v1.InterfaceState
+	6,  // 10: compsc.device.v1.AwaitCaptureReply.steps:type_name -> compsc.device.v1.Step
+	35, // 11: compsc.device.v1.AwaitCaptureReply.vm_stopped_for:type_name -> google.protobuf.Duration
+	35, // 12: compsc.device.v1.AwaitCaptureReply.device_stopped_for:type_name -> google.protobuf.Duration
+	16, // 13: compsc.device.v1.ReleaseSourceReply.pages:type_name -> compsc.device.v1.InterfacePages
+	6,  // 14: compsc.device.v1.ReleaseSourceReply.steps:type_name -> compsc.device.v1.Step
+	9,  // 15: compsc.device.v1.PrepareTargetRequest.interfaces:type_name -> compsc.device.v1.SourceInterface
+	35, // 16: compsc.device.v1.PrepareTargetRequest.hold_timeout:type_name -> google.protobuf.Duration
+	23, // 17: compsc.device.v1.PrepareTargetReply.epochs:type_name -> compsc.device.v1.InterfaceEpoch
+	13, // 18: compsc.device.v1.AcceptStateRequest.states:type_name -> compsc.device.v1.InterfaceState
+	35, // 19: compsc.device.v1.AcceptStateRequest.vm_stopped_for:type_name -> google.protobuf.Duration
+	35, // 20: compsc.device.v1.AcceptStateRequest.device_stopped_for:type_name -> google.protobuf.Duration
+	30, // 21: compsc.device.v1.ActivateReply.interfaces:type_name -> compsc.device.v1.InterfaceRestore
+	6,  // 22: compsc.device.v1.ActivateReply.steps:type_name -> compsc.device.v1.Step
+	35, // 23: compsc.device.v1.AwaitRunningReply.vm_stopped:type_name -> google.protobuf.Duration
+	35, // 24: compsc.device.v1.AwaitRunningReply.device_stopped:type_name -> google.protobuf.Duration
+	6,  // 25: compsc.device.v1.AwaitRunningReply.steps:type_name -> compsc.device.v1.Step
+	35, // 26: compsc.device.v1.AwaitRunningReply.link_gap:type_name -> google.protobuf.Duration
+	2,  // 27: compsc.device.v1.Device.Status:input_type -> compsc.device.v1.StatusRequest
+	7,  // 28: compsc.device.v1.Device.PrepareSource:input_type -> compsc.device.v1.PrepareSourceRequest
+	11, // 29: compsc.device.v1.Device.AwaitCapture:input_type -> compsc.device.v1.AwaitCaptureRequest
+	14, // 30: compsc.device.v1.Device.ReleaseSource:input_type -> compsc.device.v1.ReleaseSourceRequest
+	17, // 31: compsc.device.v1.Device.Relinquish:input_type -> compsc.device.v1.RelinquishRequest
+	19, // 32: compsc.device.v1.Device.CancelSource:input_type -> compsc.device.v1.CancelSourceRequest
+	21, // 33: compsc.device.v1.Device.PrepareTarget:input_type -> compsc.device.v1.PrepareTargetRequest
+	24, // 34: compsc.device.v1.Device.AcceptState:input_type -> compsc.device.v1.AcceptStateRequest
+	26, // 35: compsc.device.v1.Device.AwaitStart:input_type -> compsc.device.v1.AwaitStartRequest
+	28, // 36: compsc.device.v1.Device.Activate:input_type -> compsc.device.v1.ActivateRequest
+	31, // 37: compsc.device.v1.Device.AwaitRunning:input_type -> compsc.device.v1.AwaitRunningRequest
+	33, // 38: compsc.device.v1.Device.CancelTarget:input_type -> compsc.device.v1.CancelTargetRequest
+	3,  // 39: compsc.device.v1.Device.Status:output_type -> compsc.device.v1.StatusReply
+	8,  // 40: compsc.device.v1.Device.PrepareSource:output_type -> compsc.device.v1.PrepareSourceReply
+	12, // 41: compsc.device.v1.Device.AwaitCapture:output_type -> compsc.device.v1.AwaitCaptureReply
+	15, // 42: compsc.device.v1.Device.ReleaseSource:output_type -> compsc.device.v1.ReleaseSourceReply
+	18, // 43: compsc.device.v1.Device.Relinquish:output_type -> compsc.device.v1.RelinquishReply
+	20, // 44: compsc.device.v1.Device.CancelSource:output_type -> compsc.device.v1.CancelSourceReply
+	22, // 45: compsc.device.v1.Device.PrepareTarget:output_type -> compsc.device.v1.PrepareTargetReply
+	25, // 46: compsc.device.v1.Device.AcceptState:output_type -> compsc.device.v1.AcceptStateReply
+	27, // 47: compsc.device.v1.Device.AwaitStart:output_type -> compsc.device.v1.AwaitStartReply
+	29, // 48: compsc.device.v1.Device.Activate:output_type -> compsc.device.v1.ActivateReply
+	32, // 49: compsc.device.v1.Device.AwaitRunning:output_type -> compsc.device.v1.AwaitRunningReply
+	34, // 50: compsc.device.v1.Device.CancelTarget:output_type -> compsc.device.v1.CancelTargetReply
+	39, // [39:51] is the sub-list for method output_type
+	27, // [27:39] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_agent_device_controlpb_control_proto_init() }
@@ -2342,7 +2468,7 @@ func file_agent_device_controlpb_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_device_controlpb_control_proto_rawDesc), len(file_agent_device_controlpb_control_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
