@@ -37,6 +37,8 @@ func TestChartIsTheKustomization(t *testing.T) {
 	}{
 		{"default", nil},
 		{"kubevirt", values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true")},
+		// Kubernetes has MutatingAdmissionPolicies since 1.36.
+		{"kubevirt-1.32", append(values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true"), "--kube-version", "1.34.0")},
 		{"kubevirt/plugin", values("kubevirt.plugin.enabled=true")},
 	} {
 		t.Run(test.dir, func(t *testing.T) {
