@@ -4,10 +4,12 @@ package kubevirt
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -15,6 +17,7 @@ import (
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/traffic"
 )
 
 const (
@@ -64,6 +67,7 @@ func TestMove(t *testing.T) {
 				t.Errorf("%d VFs moved, want %d", n, len(vmMACs))
 			}
 			t.Log(m)
+			guarded(ctx, t, m.VFMigration)
 			content(t)
 		}) {
 			t.FailNow()
@@ -73,7 +77,7 @@ func TestMove(t *testing.T) {
 	for _, u := range undoings {
 		t.Run(u.name, func(t *testing.T) { undone(ctx, t, g, u) })
 	}
-	t.Run("refused", func(t *testing.T) { refused(ctx, t, g.Rebase) })
+	t.Run("refused", func(t *testing.T) { refused(ctx, t, g) })
 	t.Run("operated", func(t *testing.T) { operated(ctx, t, g) })
 	if _, err := g.CheckUndisturbed(ctx); err != nil {
 		t.Error(err)
@@ -84,7 +88,7 @@ func TestMove(t *testing.T) {
 }
 
 // refused takes one of the VFs that the virtual machine could move to.
-func refused(ctx context.Context, t *testing.T, rebase func(context.Context) error) {
+func refused(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	from, err := stack.NodeOf(ctx, vm)
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +115,7 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := rebase(ctx); err != nil {
+	if err := g.Rebase(ctx); err != nil {
 		t.Fatal(err)
 	}
 
@@ -145,13 +149,82 @@ func refused(ctx context.Context, t *testing.T, rebase func(context.Context) err
 		t.Errorf("creating a VirtualMachineInstanceMigration: %v, want a refusal that names %s", err, v1alpha1.ReasonNoFreeVF)
 	}
 
-	// A drain waits, and the virtual machine stays.
+	// A drain waits, and the virtual machine stays. KubeVirt tells of it why.
 	if err := stack.Drain(ctx, from, refusedDrain); err == nil {
 		t.Error("the node was drained, with a virtual machine that cannot leave it")
+	}
+	awaitEvent(ctx, t, "VirtualMachineInstance", vm, func(e *corev1.Event) bool {
+		return e.Source.Component != "" && strings.HasPrefix(e.Message, "Error creating a Migration: ") && strings.Contains(e.Message, v1alpha1.ReasonNoFreeVF+": ")
+	})
+
+	// One that gets past the policy, as one that is made a moment too early
+	// does, ends before KubeVirt touches the virtual machine.
+	enforce(ctx, t, "Audit")
+	t.Cleanup(func() { enforce(context.WithoutCancel(ctx), t, "Deny") })
+	if known, err = stack.Known(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var last error
+	if err := stack.Kube.Until(ctx, "the policy to be out of force", func(ctx context.Context) (bool, error) {
+		last = stack.CreateVMIM(ctx, "refused", vm)
+		return last == nil, nil
+	}); err != nil {
+		t.Fatalf("%v: %v", err, last)
+	}
+	if m, err = stack.AwaitVFMigration(ctx, vm, known); err != nil {
+		t.Fatal(err)
+	}
+	if f := m.Status.Failure; f == nil || f.Reason != v1alpha1.ReasonNoFreeVF {
+		t.Fatalf("the VFMigration of what was let through: %s", harness.Describe(m))
+	}
+	everybodyKnows(ctx, t, m, "refused")
+	if _, err := g.CheckUndisturbed(ctx); err != nil {
+		t.Error(err)
 	}
 
 	after, err := stack.PodOf(ctx, vm)
 	if err != nil || after != pod {
 		t.Errorf("the virtual machine was in pod %s, is in %s (%v)", pod, after, err)
+	}
+}
+
+// enforce has the policy that refuses migrations deny them, or only audit them.
+func enforce(ctx context.Context, t *testing.T, action string) {
+	t.Helper()
+	if _, err := stack.Kubectl(ctx, "", "patch", "validatingadmissionpolicybinding", "compsc-migrations", "--type=merge",
+		"-p", `{"spec":{"validationActions":["`+action+`"]}}`); err != nil {
+		t.Error(err)
+	}
+}
+
+// guarded checks what kept KubeVirt 1.8, which calls no node hooks, from going on
+// too early in a migration that has ended well: its target's sidecar was not
+// started before both ends were prepared, and post-copy was ruled out.
+func guarded(ctx context.Context, t *testing.T, m *v1alpha1.VFMigration) {
+	t.Helper()
+	v := &kubevirtv1.VirtualMachineInstance{}
+	if err := stack.Client().Get(ctx, client.ObjectKey{Namespace: Namespace, Name: m.Spec.VMIName}, v); err != nil {
+		t.Fatal(err)
+	}
+	st := v.Status.MigrationState
+	if st == nil || st.MigrationPolicyName == nil || *st.MigrationPolicyName != "compsc" {
+		t.Errorf("the migration did not go by our MigrationPolicy: %+v", st)
+	} else if c := st.VMIMConfigurationOptions; c == nil || c.AllowPostCopy == nil || *c.AllowPostCopy {
+		t.Errorf("the migration might have used post-copy: %+v", c)
+	}
+	pod := &corev1.Pod{}
+	if err := stack.Client().Get(ctx, client.ObjectKey{Namespace: Namespace, Name: m.Status.Target.PodName}, pod); err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(pod.Spec.Containers, func(c corev1.Container) bool { return c.Image == image })
+	if i < 0 || pod.Spec.Containers[i].StartupProbe == nil || pod.Spec.Containers[i].StartupProbe.Exec == nil ||
+		!slices.Equal(pod.Spec.Containers[i].StartupProbe.Exec.Command, []string{"/compsc", "ready"}) {
+		t.Fatalf("the target's sidecar has no startup probe: %+v", pod.Spec.Containers)
+	}
+	// Both are by the clock of this machine, to the second.
+	prepared := meta.FindStatusCondition(m.Status.Conditions, v1alpha1.ConditionPrepared)
+	j := slices.IndexFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.ContainersReady })
+	if prepared == nil || j < 0 || pod.Status.Conditions[j].Status != corev1.ConditionTrue || pod.Status.Conditions[j].LastTransitionTime.Before(&prepared.LastTransitionTime) {
+		t.Errorf("the target's pod was ready before both ends were prepared (%+v): %+v", prepared, pod.Status.Conditions)
 	}
 }
