@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -34,6 +35,10 @@ const (
 // oldest is the first KubeVirt that CompSC is made for: before it, a target's
 // hook sidecar is not asked when the target is prepared.
 var oldest = version.MustParseSemantic("v1.8.0")
+
+// sidecarImage is what the policy of config/kubevirt/hold_targets.yaml knows a
+// sidecar of CompSC's by.
+var sidecarImage = regexp.MustCompile("(^|/)compsc(:[^/]*)?(@[^/]*)?$")
 
 // AddToScheme registers the types of KubeVirt that this package reads.
 func AddToScheme(s *runtime.Scheme) error {
@@ -65,6 +70,9 @@ const (
 	// ReasonBindingMissing: the compsc network binding is not registered, or
 	// not as it must be.
 	ReasonBindingMissing = "BindingNotRegistered"
+	// ReasonSidecarUnrecognised: the admission policy that holds target pods
+	// does not take the binding's image for CompSC's.
+	ReasonSidecarUnrecognised = "SidecarUnrecognised"
 	// ReasonCalled: KubeVirt calls the agents' hooks.
 	ReasonCalled = "HooksCalled"
 	// ReasonPluginAPIMissing: KubeVirt has no Plugin API; 1.9 brought it.
@@ -136,6 +144,9 @@ func kubeVirtFinding(kv *virtv1.KubeVirt) Finding {
 		return bad(ReasonBindingMissing, "%s has downwardAPI %q; it must be %q", where, plugin.DownwardAPI, virtv1.DeviceInfo)
 	case plugin.Migration == nil:
 		return bad(ReasonBindingMissing, "%s has no migration; set it to {}", where)
+	case !sidecarImage.MatchString(plugin.SidecarImage):
+		return bad(ReasonSidecarUnrecognised, "%s has sidecarImage %s, which the admission policy compsc-hold-targets does not take for CompSC's, "+
+			"so that it holds no target pods; the sidecar itself does, a step later. Name the image .../compsc", where, plugin.SidecarImage)
 	}
 	return Finding{OK: true, Reason: ReasonInstalled, Message: fmt.Sprintf("KubeVirt %s knows the network binding %s", observed, kubevirt.BindingName)}
 }

@@ -3,6 +3,8 @@ package cluster
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -83,6 +85,10 @@ func TestDetect(t *testing.T) {
 			installed: ReasonBindingMissing, hooks: ReasonCalled, text: "is missing"},
 		"no image": {kubevirt: binding(func(b *virtv1.InterfaceBindingPlugin) { b.SidecarImage = "" }),
 			installed: ReasonBindingMissing, hooks: ReasonCalled, text: "no sidecarImage"},
+		"a mirrored image": {kubevirt: binding(func(b *virtv1.InterfaceBindingPlugin) { b.SidecarImage = "r.example:5000/mirror/compsc:v1@sha256:00" }),
+			installed: ReasonInstalled, hooks: ReasonCalled},
+		"a renamed image": {kubevirt: binding(func(b *virtv1.InterfaceBindingPlugin) { b.SidecarImage = "r.example/mirror/compsc-io:v1" }),
+			installed: ReasonSidecarUnrecognised, hooks: ReasonCalled, text: "sidecarImage r.example/mirror/compsc-io:v1"},
 		"no device-info": {kubevirt: binding(func(b *virtv1.InterfaceBindingPlugin) { b.DownwardAPI = "" }),
 			installed: ReasonBindingMissing, hooks: ReasonCalled, text: `must be "device-info"`},
 		"no migration": {kubevirt: binding(func(b *virtv1.InterfaceBindingPlugin) { b.Migration = nil }),
@@ -132,6 +138,17 @@ func TestDetect(t *testing.T) {
 				t.Errorf("messages %q, %q, want %q in one", installed.Message, hooks.Message, tc.text)
 			}
 		})
+	}
+}
+
+// TestSidecarImage: the policy and this package know the sidecar by the same name.
+func TestSidecarImage(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "..", "config", "kubevirt", "hold_targets.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := `image.matches("` + sidecarImage.String() + `")`; !strings.Contains(string(b), want) {
+		t.Errorf("config/kubevirt/hold_targets.yaml does not say %s", want)
 	}
 }
 
