@@ -13,7 +13,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
-	"compsc.io/compsc/agent/kubevirt/cluster"
 	"compsc.io/compsc/agent/kubevirt/launcher"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
 )
@@ -34,7 +33,7 @@ func TestFindings(t *testing.T) {
 	kv := &virtv1.KubeVirt{ObjectMeta: metav1.ObjectMeta{Namespace: "kubevirt", Name: "kubevirt"}}
 	kv.Status.ObservedKubeVirtVersion = "v1.9.0"
 	kv.Spec.Configuration.DeveloperConfiguration = &virtv1.DeveloperConfiguration{FeatureGates: []string{"Plugins"}}
-	plugin := &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: cluster.PluginName}, Spec: pluginv1alpha1.PluginSpec{
+	plugin := &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: nodehook.PluginName}, Spec: pluginv1alpha1.PluginSpec{
 		NodeHooks: []pluginv1alpha1.NodeHook{{Socket: nodehook.Socket, Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail,
 			PermittedHooks: nodehook.Points}}}}
 	for name, tc := range map[string]struct {

@@ -18,18 +18,10 @@ import (
 	"k8s.io/apimachinery/pkg/util/version"
 	virtv1 "kubevirt.io/api/core/v1"
 	migrationsv1alpha1 "kubevirt.io/api/migrations/v1alpha1"
-	pluginv1alpha1 "kubevirt.io/api/plugin/v1alpha1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
-)
-
-const (
-	// PluginName is the name of CompSC's Plugin object.
-	PluginName = "compsc"
-	// gate is KubeVirt's feature gate for Plugin objects (alpha since 1.9).
-	gate = "Plugins"
 )
 
 // oldest is the first KubeVirt that CompSC is made for: before it, a target's
@@ -42,7 +34,7 @@ var sidecarImage = regexp.MustCompile("(^|/)compsc(:[^/]*)?(@[^/]*)?$")
 
 // AddToScheme registers the types of KubeVirt that this package reads.
 func AddToScheme(s *runtime.Scheme) error {
-	return errors.Join(virtv1.AddToScheme(s), migrationsv1alpha1.AddToScheme(s), pluginv1alpha1.AddToScheme(s), corev1.AddToScheme(s))
+	return errors.Join(virtv1.AddToScheme(s), migrationsv1alpha1.AddToScheme(s), nodehook.AddToScheme(s), corev1.AddToScheme(s))
 }
 
 // Finding is a verdict on one point, with what a person would have to do.
@@ -152,7 +144,7 @@ func kubeVirtFinding(kv *virtv1.KubeVirt) Finding {
 }
 
 func pluginFinding(ctx context.Context, r client.Reader, kv *virtv1.KubeVirt) (Finding, error) {
-	var list pluginv1alpha1.PluginList
+	var list nodehook.PluginList
 	switch err := r.List(ctx, &list); {
 	case err != nil && absent(err):
 		return bad(ReasonPluginAPIMissing, "KubeVirt %s has no Plugin API%s", kv.Status.ObservedKubeVirtVersion, fallback), nil
@@ -160,46 +152,14 @@ func pluginFinding(ctx context.Context, r client.Reader, kv *virtv1.KubeVirt) (F
 		return Finding{}, fmt.Errorf("list Plugins: %w", err)
 	}
 	if dev := kv.Spec.Configuration.DeveloperConfiguration; dev == nil ||
-		!slices.Contains(dev.FeatureGates, gate) || slices.Contains(dev.DisabledFeatureGates, gate) {
-		return bad(ReasonGateOff, "KubeVirt's feature gate %s is off%s", gate, fallback), nil
+		!slices.Contains(dev.FeatureGates, nodehook.FeatureGate) || slices.Contains(dev.DisabledFeatureGates, nodehook.FeatureGate) {
+		return bad(ReasonGateOff, "KubeVirt's feature gate %s is off%s", nodehook.FeatureGate, fallback), nil
 	}
-	i := slices.IndexFunc(list.Items, func(p pluginv1alpha1.Plugin) bool { return p.Name == PluginName })
-	if i < 0 {
-		return bad(ReasonPluginMissing, "there is no Plugin %s; apply config/kubevirt/plugin%s", PluginName, fallback), nil
-	}
-	if err := checkPlugin(&list.Items[i]); err != nil {
-		return bad(ReasonPluginMismatch, "Plugin %s: %v; apply config/kubevirt/plugin again", PluginName, err), nil
+	switch found, err := nodehook.CheckPlugin(&list); {
+	case !found:
+		return bad(ReasonPluginMissing, "there is no Plugin %s; apply config/kubevirt/plugin%s", nodehook.PluginName, fallback), nil
+	case err != nil:
+		return bad(ReasonPluginMismatch, "Plugin %s: %v; apply config/kubevirt/plugin again", nodehook.PluginName, err), nil
 	}
 	return Finding{OK: true, Reason: ReasonCalled, Message: fmt.Sprintf("KubeVirt %s calls the agent's hooks", kv.Status.ObservedKubeVirtVersion)}, nil
-}
-
-// checkPlugin tells what is wrong with CompSC's Plugin object. KubeVirt reads
-// a node hook's own condition and failureStrategy only, not those of the spec.
-func checkPlugin(p *pluginv1alpha1.Plugin) error {
-	served := map[pluginv1alpha1.NodeHookPoint]bool{}
-	for i, h := range p.Spec.NodeHooks {
-		switch {
-		case h.Socket != nodehook.Socket:
-			return fmt.Errorf("node hook %d has socket %s, the agent serves %s", i, h.Socket, nodehook.Socket)
-		case h.Condition == "":
-			return fmt.Errorf("node hook %d has no condition, so that it holds every VM of the cluster", i)
-		}
-		for _, point := range h.PermittedHooks {
-			if gated[point] && h.FailureStrategy != pluginv1alpha1.FailureStrategyFail {
-				return fmt.Errorf("node hook %d at %s has failureStrategy %q, it must be %s", i, point, h.FailureStrategy, pluginv1alpha1.FailureStrategyFail)
-			}
-			served[point] = true
-		}
-	}
-	for point := range gated {
-		if !served[point] {
-			return fmt.Errorf("no node hook permits %s", point)
-		}
-	}
-	return nil
-}
-
-// gated are the points that must hold KubeVirt.
-var gated = map[pluginv1alpha1.NodeHookPoint]bool{
-	nodehook.PreVMStart: true, nodehook.PreMigrationTarget: true, nodehook.PreMigrationSource: true,
 }

@@ -26,7 +26,7 @@ import (
 func newKubeVirt() *virtv1.KubeVirt {
 	kv := &virtv1.KubeVirt{ObjectMeta: metav1.ObjectMeta{Namespace: "kubevirt", Name: "kubevirt"}}
 	kv.Status.ObservedKubeVirtVersion = "v1.9.0"
-	kv.Spec.Configuration.DeveloperConfiguration = &virtv1.DeveloperConfiguration{FeatureGates: []string{"HostDisk", gate}}
+	kv.Spec.Configuration.DeveloperConfiguration = &virtv1.DeveloperConfiguration{FeatureGates: []string{"HostDisk", nodehook.FeatureGate}}
 	kv.Spec.Configuration.NetworkConfiguration = &virtv1.NetworkConfiguration{Binding: map[string]virtv1.InterfaceBindingPlugin{
 		"compsc": {SidecarImage: "compsc", DownwardAPI: virtv1.DeviceInfo, Migration: &virtv1.InterfaceBindingMigration{}},
 	}}
@@ -34,7 +34,7 @@ func newKubeVirt() *virtv1.KubeVirt {
 }
 
 func newPlugin() *pluginv1alpha1.Plugin {
-	return &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: PluginName}, Spec: pluginv1alpha1.PluginSpec{
+	return &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: nodehook.PluginName}, Spec: pluginv1alpha1.PluginSpec{
 		NodeHooks: []pluginv1alpha1.NodeHook{
 			{Socket: nodehook.Socket, Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail,
 				PermittedHooks: []nodehook.Point{nodehook.PreVMStart, nodehook.PreMigrationTarget, nodehook.PreMigrationSource}},
@@ -98,7 +98,7 @@ func TestDetect(t *testing.T) {
 		"no developer configuration": {kubevirt: func(kv *virtv1.KubeVirt) { kv.Spec.Configuration.DeveloperConfiguration = nil },
 			installed: ReasonInstalled, hooks: ReasonGateOff},
 		"gate disabled": {kubevirt: func(kv *virtv1.KubeVirt) {
-			kv.Spec.Configuration.DeveloperConfiguration.DisabledFeatureGates = []string{gate}
+			kv.Spec.Configuration.DeveloperConfiguration.DisabledFeatureGates = []string{nodehook.FeatureGate}
 		}, installed: ReasonInstalled, hooks: ReasonGateOff},
 		"no Plugin": {noPlugin: true, installed: ReasonInstalled, hooks: ReasonPluginMissing},
 		"another socket": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.NodeHooks[0].Socket = "/x" },
