@@ -40,7 +40,7 @@ func (v *VF) Capture(ctx context.Context) (*State, error) {
 		s.Registers = append(s.Registers, RegValue{Offset: r.Offset, Value: value})
 	}
 	for _, q := range v.queues {
-		head := v.current(q.Head)
+		head := v.heads[q.Head]
 		s.Queues = append(s.Queues, QueueState{
 			Direction: q.Direction, Index: q.Index,
 			Head: head, Tail: v.current(q.Tail),

@@ -150,13 +150,14 @@ type VF struct {
 	mail      mail
 	// held is nil while the VF runs. While it is quiesced, it has what the
 	// guest shall find in the registers that the quiesce changed: control and
-	// tail of each queue, and the interrupt mask.
+	// tail of each queue, the head of one that goes on elsewhere, and the
+	// interrupt mask.
 	held map[uint32]uint32
 	// kept has the tails, by offset, that the guest rings by itself and that the
 	// device kept when the quiesce stopped their queues.
 	kept map[uint32]bool
-	// heads has the head of each queue that the quiesce has stopped, by
-	// offset.
+	// heads has where each queue that the quiesce has stopped goes on, by the
+	// offset of its head.
 	heads map[uint32]uint32
 	// mask has the vectors that the guest has enabled, and not disabled.
 	mask uint32

@@ -89,6 +89,30 @@ func (m *mirror) at(f family.Descriptors, head uint32) [][]byte {
 	return slots
 }
 
+// whole returns where the packet begins that is open when the device has
+// consumed everything before head: its driver has handed over a part of it, as
+// one may that rings the doorbell for each fragment. It is head if there is
+// none; what was never seen lies before all packets, for a ring is followed
+// from between two of them on. Reports tells whether any descriptor of the part
+// asks to be written back.
+func (m *mirror) whole(f family.Descriptors, head uint32) (start uint32, reports bool) {
+	ahead := (m.next + m.size - head) % m.size
+	size := uint32(len(m.ring)) / m.size
+	start = head
+	for i, left := head, m.size; left > ahead; left-- {
+		i = (i + m.size - 1) % m.size
+		d := m.ring[i*size : (i+1)*size]
+		switch {
+		case !f.Packet(d):
+			continue
+		case f.EndOfPacket(family.TX, 0, d), !slices.ContainsFunc(d, func(b byte) bool { return b != 0 }):
+			return start, reports
+		}
+		start, reports = i, reports || f.Reports(d)
+	}
+	return start, reports
+}
+
 // ring is what the engine knows of one queue beyond its registers.
 type ring struct {
 	family.Queue

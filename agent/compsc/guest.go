@@ -150,6 +150,7 @@ func (v *VF) writeHeld(off, val uint32) bool {
 		return true
 	}
 	if _, ok := v.heads[off]; ok {
+		delete(v.held, off)
 		v.heads[off] = val
 		return false
 	}

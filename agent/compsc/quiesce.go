@@ -2,6 +2,7 @@ package compsc
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -54,17 +55,57 @@ func (v *VF) stop(ctx context.Context) error {
 		if err := v.drain(ctx, q, ctl); err != nil {
 			return err
 		}
+		// Once the queue is off, no device knows any more what it had of an open
+		// packet: on the source as well, the guest could not go on.
+		if _, err := v.openPacket(v.rings[q.Ctl], v.current(q.Head)); err != nil {
+			return err
+		}
 		head, err := v.stopHead(ctx, q, ctl)
 		if err != nil {
 			return err
 		}
 		v.heads[q.Head] = head
+		start, err := v.openPacket(v.rings[q.Ctl], head)
+		if err != nil {
+			return err
+		}
+		if start != head {
+			v.heads[q.Head], v.held[q.Head] = start, head
+		}
 		if err := v.stopDirect(q); err != nil {
 			return err
 		}
 	}
 	_, err := v.settleMailbox(ctx)
 	return err
+}
+
+// openPacket returns where a transmit queue with its head there must go on: at
+// the beginning of the packet of which the device has a part, for that part is
+// gone once the queue is off. It fails if the guest may have taken that part
+// back already, because the device has told that it is through with it.
+func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
+	if r.mirror == nil || head >= r.mirror.size {
+		return head, nil
+	}
+	start, told := r.mirror.whole(v.f.Descriptors(), head)
+	if start == head {
+		return head, nil
+	}
+	if low := v.current(r.WBAL); r.WBAL != 0 && low&1 != 0 {
+		var b [4]byte
+		if err := v.o.Memory.ReadAt(uint64(v.current(r.WBAH))<<32|uint64(low&^3), b[:]); err != nil {
+			return head, fmt.Errorf("%s: the head that the device has written back cannot be read: %w", queueName(r.Queue), err)
+		}
+		size := r.mirror.size
+		at := (binary.LittleEndian.Uint32(b[:])%size + size - start) % size
+		told = at > 0 && at <= (head+size-start)%size
+	}
+	if told {
+		return head, incompatible(ReasonHeadNotRestorable, "%s: the guest has handed over a part of a packet, from descriptor %d on, and the device "+
+			"has told that it is through with that part: try again once the guest has handed over the rest", queueName(r.Queue), start)
+	}
+	return start, nil
 }
 
 // readMask is the mask of enabled vectors, given what the device says it is.
@@ -82,15 +123,20 @@ func (v *VF) drain(ctx context.Context, q family.Queue, ctl uint32) error {
 	if q.Direction != family.TX || ctl&q.Enable == 0 {
 		return nil
 	}
+	r := v.rings[q.Ctl]
 	err := v.poll(ctx, v.o.DrainTimeout, queueName(q)+" is empty", func() (bool, error) {
-		if r := v.rings[q.Ctl]; r.relay != nil {
+		tail := v.held[q.Tail]
+		if r.relay != nil {
 			v.pump(r)
+		}
+		if r.relay != nil && r.mirror != nil && tail < r.mirror.size {
+			tail, _ = r.mirror.whole(v.f.Descriptors(), tail) // it gives whole packets alone
 		}
 		head := v.current(q.Head)
 		if head == allOnes {
 			return false, ErrGone
 		}
-		return head == v.held[q.Tail], nil
+		return head == tail, nil
 	})
 	if errors.Is(err, errTimeout) {
 		v.o.Logger.Warn("a transmit queue did not run empty; its rest is left to the target",

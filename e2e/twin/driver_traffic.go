@@ -178,6 +178,29 @@ func (g *guest) forgetContexts(off, value uint32) {
 	}
 }
 
+// putPacket writes the descriptors of a packet, rings the doorbell between some
+// of them, and gives each but the last RS or not. Where heads vary, a relay
+// may have the device get nothing before it gets all: the guest asks for no
+// report of a part then.
+func (g *guest) putPacket(q int, pieces [][]byte, describe func(piece []byte, last bool) (d [descriptorSize]byte)) {
+	r := &g.tx[q]
+	parts := chance(g.rng, 1, 4) && !(g.fleet.headsVary && r.headWB)
+	for i, piece := range pieces {
+		last := i == len(pieces)-1
+		d := describe(piece, last)
+		if rs := uint32(g.rng.IntN(2)) * txRS; !last && !(parts && g.fleet.headsVary) {
+			le.PutUint32(d[8:], le.Uint32(d[8:])|rs)
+		}
+		g.put(q, d)
+		r.told = !last && (r.told || r.headWB || le.Uint32(d[8:])&txRS != 0)
+		if ring := chance(g.rng, 1, 2); ring && parts && !last {
+			r.part = true
+			g.write(ixgbevf.VFTDT(q), r.next)
+		}
+	}
+	r.part = false
+}
+
 func (g *guest) sendLegacy(q int, p *packet) {
 	pieces := g.pieces(p.data)
 	if !g.room(q, len(pieces)) {
@@ -191,17 +214,16 @@ func (g *guest) sendLegacy(q int, p *packet) {
 	if p.l4 != 0 && chance(g.rng, 1, 4) {
 		command, start = command|1<<26|uint32(p.l4+6)<<16, uint32(p.l4)
 	}
-	for i, piece := range pieces {
-		c := command | uint32(g.rng.IntN(2))*txRS
-		if i == len(pieces)-1 {
+	g.putPacket(q, pieces, func(piece []byte, last bool) (d [descriptorSize]byte) {
+		c := command
+		if last {
 			c |= txEOP | txRS
 		}
-		var d [descriptorSize]byte
 		le.PutUint64(d[:], g.buffer(piece))
 		le.PutUint32(d[8:], c|uint32(len(piece)))
 		le.PutUint32(d[12:], tag<<16|start<<8)
-		g.put(q, d)
-	}
+		return d
+	})
 }
 
 // sendAdvanced sends a packet with what offloads come up: by a context of its
@@ -244,20 +266,19 @@ func (g *guest) sendAdvanced(q int, p *packet) {
 		command |= txVLE // the tag of a context sent before
 	}
 	options |= uint32(len(p.data)-header) << 14
-	for i, piece := range pieces {
-		c := command | uint32(g.rng.IntN(2))*txRS
-		if i == len(pieces)-1 {
+	g.putPacket(q, pieces, func(piece []byte, last bool) (d [descriptorSize]byte) {
+		c := command
+		if last {
 			c |= txEOP
 			if chance(g.rng, 5, 6) {
 				c |= txRS
 			}
 		}
-		var d [descriptorSize]byte
 		le.PutUint64(d[:], g.buffer(piece))
 		le.PutUint32(d[8:], c|uint32(len(piece)))
 		le.PutUint32(d[12:], options)
-		g.put(q, d)
-	}
+		return d
+	})
 }
 
 func (g *guest) newOffload(p *packet, slot int, tso bool) *offload {

@@ -219,13 +219,17 @@ func (g *guest) sameMemory() bool {
 
 // idleHead tells whether a register is the head of a queue that is off, on VFs
 // whose heads may not take a value. Those may stay different, for a driver
-// writes zero there, which they all take, before it turns the queue on.
+// writes zero there, which they all take, before it turns the queue on. So may
+// that of a queue with a part of a packet, which a relay keeps back.
 func (g *guest) idleHead(off uint32) bool {
 	if !g.fleet.headsVary {
 		return false
 	}
 	vf := g.twins[0].vf
 	for q := range g.rx {
+		if off == ixgbevf.VFTDH(q) && g.tx[q].part {
+			return true
+		}
 		if off == ixgbevf.VFRDH(q) && vf.Read(ixgbevf.VFRXDCTL(q))&ixgbevf.QueueEnable == 0 ||
 			off == ixgbevf.VFTDH(q) && vf.Read(ixgbevf.VFTXDCTL(q))&ixgbevf.QueueEnable == 0 {
 			return true

@@ -24,6 +24,9 @@ type Report struct {
 	// Moves that were made, Vetoes after which the guest went on at the
 	// source, and Refusals, for which there was a reason.
 	Moves, Vetoes, Refusals int
+	// Parts are moves that were not begun, because the guest had been told of a
+	// part of a packet.
+	Parts int
 	// Advanced and Relayed are moves whose heads took other ways than being
 	// written.
 	Advanced, Relayed int
@@ -38,6 +41,7 @@ type Report struct {
 func (r *Report) Add(o Report) {
 	r.Moves += o.Moves
 	r.Vetoes += o.Vetoes
+	r.Parts += o.Parts
 	r.Advanced += o.Advanced
 	r.Relayed += o.Relayed
 	r.Refusals += o.Refusals
