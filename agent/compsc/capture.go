@@ -46,10 +46,11 @@ func (v *VF) Capture(ctx context.Context) (*State, error) {
 			Head: head, Tail: v.current(q.Tail),
 			Enabled:  v.current(q.Ctl)&q.Enable != 0,
 			Contexts: v.contexts(v.rings[q.Ctl], head),
+			Relied:   v.relied(v.rings[q.Ctl], head),
 		})
 	}
 	for _, c := range v.counters {
-		s.Counters = append(s.Counters, CounterValue{Offset: c.Low, Value: v.value(c)})
+		s.Counters = append(s.Counters, c.state(v.value(c)))
 	}
 	// A device that was lost on the way shows last of all.
 	if v.b.Read(v.irq.MaskSet) == allOnes {

@@ -24,6 +24,9 @@ const (
 	ReasonMulticastFilterMismatch = "MulticastFilterTypeMismatch"
 	// ReasonHeadNotRestorable: the device does not take a ring's position.
 	ReasonHeadNotRestorable = "HeadNotRestorable"
+	// ReasonContextNotRestorable: the device does not take the offload contexts
+	// of a transmit queue that its driver relies on.
+	ReasonContextNotRestorable = "ContextNotRestorable"
 	// ReasonMailboxRefused: the target's PF answered a replayed message
 	// otherwise than the source's PF.
 	ReasonMailboxRefused = "MailboxRefused"
@@ -103,6 +106,11 @@ func (v *VF) Check(s *State, c Capabilities) error {
 	}
 	needs := map[family.Direction]bool{}
 	for i, q := range s.Queues {
+		if q.Relied != 0 {
+			if _, _, err := v.scratchOf(v.queues[i], loadRing*v.queues[i].DescriptorSize); err != nil {
+				return incompatible(ReasonContextNotRestorable, "the guest's driver relies on offload contexts that it has loaded before, and: %v", err)
+			}
+		}
 		if !q.Enabled || q.Head == 0 {
 			continue
 		}
@@ -191,6 +199,11 @@ func (v *VF) validateQueues(s *State, values map[uint32]uint32) error {
 				return incompatible(ReasonStateInvalid, "%s: the context of slot %d is none that fills it", queueName(want), slot)
 			}
 		}
+		for slot := range 32 {
+			if q.Relied>>slot&1 != 0 && (slot >= len(q.Contexts) || q.Contexts[slot] == nil) {
+				return incompatible(ReasonStateInvalid, "%s: the driver relies on the context of slot %d, which is not there", queueName(want), slot)
+			}
+		}
 		if !q.Enabled {
 			continue
 		}
@@ -211,6 +224,9 @@ func (v *VF) validateRest(s *State) error {
 		if want := v.counters[i]; c.Offset != want.Low || c.Value&^want.mask() != 0 {
 			return incompatible(ReasonStateInvalid, "counter %d of the state is %#x with value %d, want %s (%#x) of %d bits",
 				i, c.Offset, c.Value, want.Name, want.Low, want.Width)
+		}
+		if want := v.counters[i]; c.Latched && (want.High == 0 || uint64(c.High)&^(want.mask()>>32) != 0) || !c.Latched && c.High != 0 {
+			return incompatible(ReasonStateInvalid, "counter %s of %d bits has %#x for its upper half (to be read %v)", want.Name, want.Width, c.High, c.Latched)
 		}
 	}
 	if len(s.Mailbox.Memory) != v.box.Words {

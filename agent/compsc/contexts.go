@@ -20,6 +20,11 @@ type mirror struct {
 	// slots is what the context slots held before the oldest descriptor of
 	// ring; nil for a slot that was never seen filled.
 	slots [][]byte
+	// used has a bit for each slot that a packet has used since it was filled,
+	// using for each that the packet uses whose end was not seen yet.
+	used, using uint32
+	// relied has a bit for each slot that a later packet has used as well.
+	relied uint32
 }
 
 // newMirror starts to follow a ring from head, the device's context slots
@@ -52,9 +57,28 @@ func (m *mirror) handOver(mem Memory, f family.Descriptors, tail uint32) error {
 			clear(b)
 			return err
 		}
+		for d := range slices.Chunk(b, int(size)) {
+			m.watch(f, d)
+		}
 		m.next = end % m.size
 	}
 	return nil
+}
+
+// watch learns from the next descriptor whether the driver relies on a context
+// beyond the packet that it filled the slot for.
+func (m *mirror) watch(f family.Descriptors, d []byte) {
+	if slot, ok := f.ContextSlot(d); ok {
+		m.used &^= 1 << slot
+		return
+	}
+	if slot, ok := f.UsesContext(d); ok {
+		m.using |= 1 << slot
+		m.relied |= m.used & (1 << slot)
+	}
+	if f.EndOfPacket(family.TX, 0, d) {
+		m.used, m.using = m.used|m.using, 0
+	}
 }
 
 // cloneSlots copies the contents of n slots.
@@ -89,28 +113,41 @@ func (m *mirror) at(f family.Descriptors, head uint32) [][]byte {
 	return slots
 }
 
-// whole returns where the packet begins that is open when the device has
-// consumed everything before head: its driver has handed over a part of it, as
-// one may that rings the doorbell for each fragment. It is head if there is
-// none; what was never seen lies before all packets, for a ring is followed
-// from between two of them on. Reports tells whether any descriptor of the part
-// asks to be written back.
-func (m *mirror) whole(f family.Descriptors, head uint32) (start uint32, reports bool) {
+// openEnd is what lies between the end of the last whole packet and the place
+// to which the device has consumed a ring.
+type openEnd struct {
+	// start is where a packet of which the device has a part begins, with the
+	// contexts before it; it is the place itself if there is none.
+	start uint32
+	// reports tells whether any descriptor of the part asks to be written back.
+	reports bool
+	// filled has a bit for each context slot that was filled there.
+	filled uint32
+}
+
+// end looks back from head. Its driver may have handed over a part of a packet,
+// as one does that rings the doorbell for each fragment. What was never seen
+// lies before all packets, for a ring is followed from between two of them on.
+func (m *mirror) end(f family.Descriptors, head uint32) openEnd {
 	ahead := (m.next + m.size - head) % m.size
 	size := uint32(len(m.ring)) / m.size
-	start = head
+	end, begin, open := openEnd{start: head}, head, false
 	for i, left := head, m.size; left > ahead; left-- {
 		i = (i + m.size - 1) % m.size
 		d := m.ring[i*size : (i+1)*size]
-		switch {
-		case !f.Packet(d):
-			continue
-		case f.EndOfPacket(family.TX, 0, d), !slices.ContainsFunc(d, func(b byte) bool { return b != 0 }):
-			return start, reports
+		slot, context := f.ContextSlot(d)
+		if !context && f.EndOfPacket(family.TX, 0, d) || !slices.ContainsFunc(d, func(b byte) bool { return b != 0 }) {
+			break
 		}
-		start, reports = i, reports || f.Reports(d)
+		if context {
+			end.filled |= 1 << slot
+		}
+		begin, open, end.reports = i, open || !context, end.reports || f.Reports(d)
 	}
-	return start, reports
+	if open {
+		end.start = begin
+	}
+	return end
 }
 
 // ring is what the engine knows of one queue beyond its registers.
@@ -121,6 +158,9 @@ type ring struct {
 	// slots is what the context slots held when the mirror ended: they
 	// outlive it, as they do in the device.
 	slots [][]byte
+	// relied has a bit for each slot whose context a driver that left its queue
+	// on has relied on before it came to this VF.
+	relied uint32
 	// relay is there while the device works on a shadow ring.
 	relay *relay
 	// head is what the guest finds as the head of a queue that is off, if
@@ -153,6 +193,26 @@ func (v *VF) contexts(r *ring, head uint32) [][]byte {
 	return slots
 }
 
+// relied tells which of the context slots the driver counts on with the queue
+// at head: those that it has used for several packets, and those that it has
+// filled for the next one, if that is not sent from its contexts on.
+func (v *VF) relied(r *ring, head uint32) uint32 {
+	if r.mirror == nil {
+		return r.relied
+	}
+	return (r.relied | r.mirror.relied | r.mirror.end(v.f.Descriptors(), head).filled) & filled(r.mirror.at(v.f.Descriptors(), head))
+}
+
+// filled has a bit for each slot that holds something.
+func filled(slots [][]byte) (bits uint32) {
+	for i, d := range slots {
+		if d != nil {
+			bits |= 1 << i
+		}
+	}
+	return bits
+}
+
 // follow starts to mirror a transmit queue that is about to run at head.
 func (v *VF) follow(r *ring, head uint32) {
 	if v.o.Memory != nil && r.ContextSlots > 0 && r.mirror == nil && !v.direct(r.Tail) {
@@ -160,12 +220,14 @@ func (v *VF) follow(r *ring, head uint32) {
 	}
 }
 
-// unfollow ends the mirror of a queue that is turned off.
+// unfollow ends the mirror of a queue that is turned off, or of a VF that is
+// reset.
 func (v *VF) unfollow(r *ring) {
 	if r.mirror != nil {
 		r.slots = r.mirror.at(v.f.Descriptors(), r.mirror.next)
 		r.mirror = nil
 	}
+	r.relied = 0 // no driver counts on contexts from before
 }
 
 // handOver notes that the device gets the descriptors up to tail.

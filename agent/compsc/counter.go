@@ -45,6 +45,15 @@ func (v *VF) value(c *counter) uint64 {
 	return (v.sample(c) + c.offset) & c.mask()
 }
 
+// state is the counter with that value, as another VF goes on with it.
+func (c *counter) state(value uint64) CounterValue {
+	s := CounterValue{Offset: c.Low, Value: value, Latched: c.latched}
+	if c.latched {
+		s.High = c.high
+	}
+	return s
+}
+
 // Frames is how many frames the guest has received and sent, modulo 2^32 for
 // each: what differs between two calls has passed meanwhile. Frames that the
 // engine had looped to the VF are not among them.
@@ -81,7 +90,8 @@ func (v *VF) readCounter(c *counter, off uint32) uint32 {
 	return uint32(value)
 }
 
-// rebase makes the guest see value from now on, unless it looks by itself.
+// rebase makes the guest see value from now on, unless it looks by itself, and
+// but for an upper half of which it has read the lower one.
 func (v *VF) rebase(c *counter, value uint64) {
 	if c.direct {
 		return
@@ -90,5 +100,5 @@ func (v *VF) rebase(c *counter, value uint64) {
 	if c.ReadClears {
 		hardware = 0 // now it is
 	}
-	c.offset, c.latched = (value-hardware)&c.mask(), false
+	c.offset = (value - hardware) & c.mask()
 }

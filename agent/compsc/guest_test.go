@@ -148,6 +148,39 @@ func TestCounterHalvesBelongTogether(t *testing.T) {
 	}
 }
 
+// The lower half was read on one VF, and the upper one belongs to it on the
+// next, and after a veto, whatever has been counted meanwhile.
+func TestLatchedHalfMoves(t *testing.T) {
+	for _, veto := range []bool{false, true} {
+		source, target := newFake(), usedTarget()
+		v, w := newMemoryVF(source), newMemoryVF(target)
+		boot(t, v, source)
+		source.regs[ixgbevf.VFGORCLSB], source.regs[ixgbevf.VFGORCMSB] = 0xffffffff, 3
+		low := v.GuestRead(ixgbevf.VFGORCLSB)
+		source.regs[ixgbevf.VFGORCLSB], source.regs[ixgbevf.VFGORCMSB] = 5, 4
+		s := capture(t, v)
+		if b, err := s.Encode(); err != nil {
+			t.Fatal(err)
+		} else if s, err = Decode(b); err != nil {
+			t.Fatal(err)
+		}
+		if veto {
+			if err := v.Unquiesce(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			w = v
+		} else if _, err := w.Restore(context.Background(), s); err != nil {
+			t.Fatal(err)
+		}
+		if high := w.GuestRead(ixgbevf.VFGORCMSB); low != 0xffffffff || high != 3 {
+			t.Errorf("veto %v: read %#x and %#x, want 0xffffffff and 3", veto, low, high)
+		}
+		if high := w.GuestRead(ixgbevf.VFGORCMSB); high != 4 {
+			t.Errorf("veto %v: the high half alone reads %d, want 4", veto, high)
+		}
+	}
+}
+
 // tearing is a device whose counter wraps into the high half between the
 // first read of the low half and that of the high one.
 type tearing struct {

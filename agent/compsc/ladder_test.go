@@ -111,6 +111,67 @@ func TestContextsOfQueueThatIsOffMove(t *testing.T) {
 	}
 }
 
+// dataDescriptor is the only one of its packet, and takes a tag from a slot.
+func dataDescriptor(slot int) []byte {
+	return []byte{1, 0, 0, 0, 0, 0, 0, 0, 60, 0, 3 << 4, 1<<6 | 1<<5 | 1, byte(slot << 4), 0, 0, 0}
+}
+
+// A driver that sends several packets with one context has damaged ones sent
+// where that is not loaded: it is not moved there. One that fills the slot for
+// each packet is.
+func TestContextsThatAreReliedOn(t *testing.T) {
+	ctx := context.Background()
+	for _, tc := range []struct {
+		name        string
+		descriptors [][]byte
+		relied      uint32
+	}{
+		{"filled for each packet", [][]byte{contextDescriptor(1, 1), dataDescriptor(1), contextDescriptor(1, 1), dataDescriptor(1)}, 0},
+		{"used twice", [][]byte{contextDescriptor(1, 1), dataDescriptor(1), dataDescriptor(1)}, 2},
+		{"filled for the next packet", [][]byte{dataDescriptor(1), contextDescriptor(0, 1)}, 1},
+		{"used by two queues' worth of slots", [][]byte{contextDescriptor(0, 1), contextDescriptor(1, 2), dataDescriptor(0), dataDescriptor(1), dataDescriptor(0)}, 1},
+	} {
+		source, target := newFake(), usedTarget()
+		v, w := newMemoryVF(source), newMemoryVF(target)
+		for i, d := range tc.descriptors {
+			_ = source.mem.WriteAt(txBase+16*uint64(20-len(tc.descriptors)+i), d)
+		}
+		boot(t, v, source)
+		s := capture(t, v)
+		if got := s.Queues[2].Relied; got != tc.relied {
+			t.Errorf("%s: slots %#b are relied on, want %#b", tc.name, got, tc.relied)
+		}
+		caps, err := w.Probe(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.o.Scratch = nil
+		for what, err := range map[string]error{
+			"check":   w.Check(s, caps),
+			"restore": func() error { _, err := w.Restore(ctx, s); return err }(),
+		} {
+			var why *IncompatibleError
+			if errors.As(err, &why); (why != nil && why.Reason == ReasonContextNotRestorable) != (tc.relied != 0) || err != nil && why == nil {
+				t.Errorf("%s: %s without scratch memory: %v", tc.name, what, err)
+			}
+		}
+		w.o.Scratch = fakeScratch{target.mem}
+		if _, err := w.Restore(ctx, s); err != nil {
+			t.Fatal(err)
+		}
+		if got := capture(t, w).Queues[2].Relied; got != tc.relied {
+			t.Errorf("%s: one move later slots %#b are relied on, want %#b", tc.name, got, tc.relied)
+		}
+		if err := w.Unquiesce(ctx); err != nil {
+			t.Fatal(err)
+		}
+		w.GuestWrite(ixgbevf.VFTXDCTL(0), 0)
+		if got := capture(t, w).Queues[2].Relied; got != 0 {
+			t.Errorf("%s: slots %#b of a queue that is off are relied on", tc.name, got)
+		}
+	}
+}
+
 // A later hop captures what an earlier one restored, although the guest has
 // not sent anything since.
 func TestContextsTravelOn(t *testing.T) {

@@ -88,7 +88,8 @@ func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
 	if r.mirror == nil || head >= r.mirror.size {
 		return head, nil
 	}
-	start, told := r.mirror.whole(v.f.Descriptors(), head)
+	end := r.mirror.end(v.f.Descriptors(), head)
+	start, told := end.start, end.reports
 	if start == head {
 		return head, nil
 	}
@@ -129,12 +130,14 @@ func (v *VF) drain(ctx context.Context, q family.Queue, ctl uint32) error {
 		if r.relay != nil {
 			v.pump(r)
 		}
-		if r.relay != nil && r.mirror != nil && tail < r.mirror.size {
-			tail, _ = r.mirror.whole(v.f.Descriptors(), tail) // it gives whole packets alone
-		}
 		head := v.current(q.Head)
-		if head == allOnes {
+		switch {
+		case head == allOnes:
 			return false, ErrGone
+		case r.relay != nil && r.mirror != nil && tail < r.mirror.size && head < r.mirror.size:
+			// It keeps back what is open.
+			start, size := r.mirror.end(v.f.Descriptors(), tail).start, r.mirror.size
+			return (tail+size-head)%size <= (tail+size-start)%size, nil
 		}
 		return head == tail, nil
 	})

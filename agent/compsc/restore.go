@@ -114,12 +114,12 @@ func (r *restoration) registers(context.Context) error {
 // contexts fills the context slots of the transmit queues, also of those that
 // are off: the slots outlive that. A VF that cannot is one whose PF lets it
 // send nothing, or that has no scratch memory: it still serves drivers that
-// fill the slots for each packet anew.
+// fill the slots for each packet anew, and no others.
 func (r *restoration) contexts(ctx context.Context) error {
 	v := r.v
 	for i, q := range v.queues {
 		ring := v.rings[q.Ctl]
-		ring.slots = r.s.Queues[i].Contexts
+		ring.slots, ring.relied = r.s.Queues[i].Contexts, r.s.Queues[i].Relied
 		if len(ring.slots) == 0 {
 			continue
 		}
@@ -130,8 +130,13 @@ func (r *restoration) contexts(ctx context.Context) error {
 		if errors.Is(err, ErrGone) || ctx.Err() != nil {
 			return err
 		}
-		if err != nil {
-			v.o.Logger.Warn("the contexts of a transmit queue are not restored; a driver that relies on them sends damaged packets",
+		switch {
+		case err == nil:
+		case ring.relied != 0:
+			return incompatible(ReasonContextNotRestorable, "%s: the guest's driver sends packets with offload contexts that it has loaded before, "+
+				"and this VF does not take them: %v", queueName(q), err)
+		default:
+			v.o.Logger.Warn("the contexts of a transmit queue are not restored; its driver has relied on none so far",
 				"queue", q.Index, "error", err)
 		}
 	}
@@ -163,7 +168,11 @@ func (r *restoration) heads(ctx context.Context) error {
 
 func (r *restoration) counters(context.Context) error {
 	for i, c := range r.v.counters {
-		r.v.rebase(c, r.s.Counters[i].Value)
+		s := r.s.Counters[i]
+		r.v.rebase(c, s.Value)
+		if c.latched = s.Latched; c.latched {
+			c.high = s.High
+		}
 	}
 	return nil
 }

@@ -61,12 +61,21 @@ type QueueState struct {
 	// context slot, nil for a slot that was never seen filled. It is empty
 	// when all are, and in states of format version 1.
 	Contexts [][]byte
+	// Relied has a bit for each slot whose context the driver has used for a
+	// packet after the one that it was filled for. It is 0 in states of format
+	// versions 1 and 2.
+	Relied uint32
 }
 
 // CounterValue is the value of one counter; Offset is that of its low half.
 type CounterValue struct {
 	Offset uint32
 	Value  uint64
+	// Latched tells that the guest has read the lower half of a counter and is
+	// to find High in the upper one. It is false in states of format versions 1
+	// and 2.
+	Latched bool
+	High    uint32
 }
 
 // MailboxState is what the guest has yet to see of the mailbox.
@@ -86,10 +95,11 @@ const MaxStateSize = 64 << 10
 // The envelope around the protobuf body: magic, format version, length of the
 // body, SHA-256 of the body; numbers are big-endian. A state is written in the
 // oldest version that holds all of it, so that a node of an older release
-// takes it where that is right. Version 2 added the queues' contexts.
+// takes it where that is right. Version 2 added the queues' contexts, version 3
+// which of them the driver relies on, and latched halves of counters.
 const (
 	stateMagic   = "CSCS"
-	stateVersion = 2
+	stateVersion = 3
 	envelopeSize = len(stateMagic) + 4 + 4 + sha256.Size
 )
 
@@ -121,10 +131,10 @@ func (s *State) Encode() ([]byte, error) {
 	}
 	for _, q := range s.Queues {
 		p.Queues = append(p.Queues, &statepb.Queue{Tx: q.Direction == family.TX, Index: uint32(q.Index),
-			Head: q.Head, Tail: q.Tail, Enabled: q.Enabled, Contexts: q.Contexts})
+			Head: q.Head, Tail: q.Tail, Enabled: q.Enabled, Contexts: q.Contexts, Relied: q.Relied})
 	}
 	for _, c := range s.Counters {
-		p.Counters = append(p.Counters, &statepb.Counter{Offset: c.Offset, Value: c.Value})
+		p.Counters = append(p.Counters, &statepb.Counter{Offset: c.Offset, Value: c.Value, Latched: c.Latched, High: c.High})
 	}
 	if err := validateBody(p); err != nil {
 		return nil, fmt.Errorf("encode state: %w", err)
@@ -176,17 +186,21 @@ func Decode(b []byte) (*State, error) {
 			d = family.TX
 		}
 		s.Queues = append(s.Queues, QueueState{Direction: d, Index: int(q.Index), Head: q.Head, Tail: q.Tail, Enabled: q.Enabled,
-			Contexts: contextsOf(q)})
+			Contexts: contextsOf(q), Relied: q.Relied})
 	}
 	for _, c := range p.Counters {
-		s.Counters = append(s.Counters, CounterValue{Offset: c.Offset, Value: c.Value})
+		s.Counters = append(s.Counters, CounterValue{Offset: c.Offset, Value: c.Value, Latched: c.Latched, High: c.High})
 	}
 	return s, nil
 }
 
 // versionOf is the oldest format version that holds all of the body.
 func versionOf(p *statepb.State) uint32 {
-	if slices.ContainsFunc(p.Queues, func(q *statepb.Queue) bool { return len(q.GetContexts()) > 0 }) {
+	switch {
+	case slices.ContainsFunc(p.Counters, func(c *statepb.Counter) bool { return c.GetLatched() || c.GetHigh() != 0 }),
+		slices.ContainsFunc(p.Queues, func(q *statepb.Queue) bool { return q.GetRelied() != 0 }):
+		return 3
+	case slices.ContainsFunc(p.Queues, func(q *statepb.Queue) bool { return len(q.GetContexts()) > 0 }):
 		return 2
 	}
 	return 1

@@ -27,7 +27,7 @@ func goldenState() *State {
 		Registers: []RegValue{{0x110, 3}, {0x120, 0x8080}, {0x1000, 0xfffff000}},
 		Queues: []QueueState{{Direction: family.RX, Head: 5, Tail: 250, Enabled: true}, {Direction: family.RX, Index: 1},
 			{Direction: family.TX, Head: 17, Tail: 20, Enabled: true}, {Direction: family.TX, Index: 1}},
-		Counters: []CounterValue{{0x101c, 1 << 31}, {0x1020, 1<<36 - 1}},
+		Counters: []CounterValue{{Offset: 0x101c, Value: 1 << 31}, {Offset: 0x1020, Value: 1<<36 - 1}},
 		Mailbox:  MailboxState{Memory: []uint32{0x80000005, 0, 0xffffffff}, ReadClear: 0x30, Held: true},
 		Log:      []byte{1, 0}, Causes: 2,
 		PCIConfig: []byte{0x86, 0x80, 0xed, 0x10}, MSIXTable: []byte{0, 0, 0xe0, 0xfe},
@@ -59,10 +59,18 @@ func goldenStateV2() *State {
 	return s
 }
 
+// goldenStateV3 has what version 3 added.
+func goldenStateV3() *State {
+	s := goldenStateV2()
+	s.Queues[2].Relied = 2
+	s.Counters[1].Latched, s.Counters[1].High = true, 14
+	return s
+}
+
 // A state written by any version must be readable by every later release, and
 // one that needs no more is still written in the old version.
 func TestDecodeGolden(t *testing.T) {
-	for name, want := range map[string]*State{"state-v1.bin": goldenState(), "state-v2.bin": goldenStateV2()} {
+	for name, want := range map[string]*State{"state-v1.bin": goldenState(), "state-v2.bin": goldenStateV2(), "state-v3.bin": goldenStateV3()} {
 		path := filepath.Join("testdata", name)
 		encoded, err := want.Encode()
 		if err != nil {
@@ -126,7 +134,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"nothing", nil, "less than an envelope"},
 		{"too large", make([]byte, MaxStateSize+1), "at most"},
 		{"other magic", changed(0), "not the state of a VF"},
-		{"newer version", envelope(3, nil), "newer"},
+		{"newer version", envelope(4, nil), "newer"},
 		{"version 0", envelope(0, nil), "version 0 is unknown"},
 		{"length", changed(11), "envelope says"},
 		{"checksum", changed(12), "checksum"},
@@ -143,6 +151,8 @@ func TestDecodeRefuses(t *testing.T) {
 		{"queue index", envelope(1, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Index: 64}}})), "queue index"},
 		{"queues", envelope(1, marshal(t, &statepb.State{Queues: make([]*statepb.Queue, 65)})), "queues"},
 		{"contexts in version 1", envelope(1, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: [][]byte{{1}}}}})), "field of version 2"},
+		{"relied on in version 2", envelope(2, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Relied: 1}}})), "field of version 3"},
+		{"latched in version 2", envelope(2, marshal(t, &statepb.State{Counters: []*statepb.Counter{{Latched: true}}})), "field of version 3"},
 		{"contexts", envelope(2, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: make([][]byte, 9)}}})), "contexts"},
 		{"long context", envelope(2, marshal(t, &statepb.State{Queues: []*statepb.Queue{{Contexts: [][]byte{make([]byte, 65)}}}})), "context, bytes"},
 		{"counters", envelope(1, marshal(t, &statepb.State{Counters: make([]*statepb.Counter, 65)})), "counters"},
@@ -189,6 +199,11 @@ func FuzzDecode(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(newer[envelopeSize:])
+	newest, err := goldenStateV3().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(newest[envelopeSize:])
 	f.Add([]byte{})
 	f.Add([]byte{0x3a, 0x05, 0x08, 0x01, 0x15, 0, 0})
 	f.Fuzz(func(t *testing.T, body []byte) {

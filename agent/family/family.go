@@ -153,6 +153,9 @@ type Descriptors interface {
 	// ContextSlot tells which context slot of its queue a transmit descriptor
 	// fills; ok is false for one that fills none.
 	ContextSlot(d []byte) (slot int, ok bool)
+	// UsesContext tells which context slot the packet of a transmit descriptor
+	// takes what it needs from; ok is false for one that needs none.
+	UsesContext(d []byte) (slot int, ok bool)
 	// IdleContext returns a transmit descriptor that fills context slot 0 and
 	// does nothing else: no frame, no write-back.
 	IdleContext() []byte

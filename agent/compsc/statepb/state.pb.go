@@ -239,7 +239,10 @@ type Queue struct {
 	Enabled bool                   `protobuf:"varint,5,opt,name=enabled,proto3" json:"enabled,omitempty"`
 	// Of a transmit queue, the descriptor that filled each context slot; empty
 	// for a slot that was never seen filled. Since format version 2.
-	Contexts      [][]byte `protobuf:"bytes,6,rep,name=contexts,proto3" json:"contexts,omitempty"`
+	Contexts [][]byte `protobuf:"bytes,6,rep,name=contexts,proto3" json:"contexts,omitempty"`
+	// A bit for each slot whose context the driver relies on. Since format
+	// version 3.
+	Relied        uint32 `protobuf:"varint,7,opt,name=relied,proto3" json:"relied,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -316,12 +319,23 @@ func (x *Queue) GetContexts() [][]byte {
 	return nil
 }
 
+func (x *Queue) GetRelied() uint32 {
+	if x != nil {
+		return x.Relied
+	}
+	return 0
+}
+
 type Counter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Offset of the counter, or of its low half.
 	Offset uint32 `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
 	// What the guest would read.
-	Value         uint64 `protobuf:"varint,2,opt,name=value,proto3" json:"value,omitempty"`
+	Value uint64 `protobuf:"varint,2,opt,name=value,proto3" json:"value,omitempty"`
+	// The guest has read the lower half and is to find high in the upper one.
+	// Since format version 3.
+	Latched       bool   `protobuf:"varint,3,opt,name=latched,proto3" json:"latched,omitempty"`
+	High          uint32 `protobuf:"varint,4,opt,name=high,proto3" json:"high,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -366,6 +380,20 @@ func (x *Counter) GetOffset() uint32 {
 func (x *Counter) GetValue() uint64 {
 	if x != nil {
 		return x.Value
+	}
+	return 0
+}
+
+func (x *Counter) GetLatched() bool {
+	if x != nil {
+		return x.Latched
+	}
+	return false
+}
+
+func (x *Counter) GetHigh() uint32 {
+	if x != nil {
+		return x.High
 	}
 	return 0
 }
@@ -457,17 +485,20 @@ const file_agent_compsc_statepb_state_proto_rawDesc = "" +
 	"msix_table\x18\x0e \x01(\fR\tmsixTable\"8\n" +
 	"\bRegister\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\rR\x06offset\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\aR\x05value\"\x8b\x01\n" +
+	"\x05value\x18\x02 \x01(\aR\x05value\"\xa3\x01\n" +
 	"\x05Queue\x12\x0e\n" +
 	"\x02tx\x18\x01 \x01(\bR\x02tx\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\rR\x05index\x12\x12\n" +
 	"\x04head\x18\x03 \x01(\rR\x04head\x12\x12\n" +
 	"\x04tail\x18\x04 \x01(\rR\x04tail\x12\x18\n" +
 	"\aenabled\x18\x05 \x01(\bR\aenabled\x12\x1a\n" +
-	"\bcontexts\x18\x06 \x03(\fR\bcontexts\"7\n" +
+	"\bcontexts\x18\x06 \x03(\fR\bcontexts\x12\x16\n" +
+	"\x06relied\x18\a \x01(\rR\x06relied\"e\n" +
 	"\aCounter\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\rR\x06offset\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value\"T\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value\x12\x18\n" +
+	"\alatched\x18\x03 \x01(\bR\alatched\x12\x12\n" +
+	"\x04high\x18\x04 \x01(\rR\x04high\"T\n" +
 	"\aMailbox\x12\x16\n" +
 	"\x06memory\x18\x01 \x03(\aR\x06memory\x12\x1d\n" +
 	"\n" +

@@ -25,7 +25,11 @@ const (
 	txRS        = 1 << 27
 	txTypeMask  = 0xf << 20
 	txContext   = 2 << 20
-	txSlot      = 1 << 4 // dword 3 of a context descriptor
+	txSlot      = 1 << 4 // dword 3 of context and data descriptors
+	txData      = 3 << 20
+	txVLE       = 1 << 30
+	txTSE       = 1 << 31
+	txPOPTS     = 0x3f << 8 // dword 3
 	descDD      = 1 << 0
 	rxEOP       = 1 << 1
 	srrctlType  = 7 << 25 // DESCTYPE in SRRCTL
@@ -51,6 +55,16 @@ func (Descriptors) ContextSlot(d []byte) (slot int, ok bool) {
 		return 0, false
 	}
 	return int(dword(d, 3) / txSlot & (ContextSlots - 1)), true
+}
+
+// UsesContext looks for what a context is there for: a tag, segmentation,
+// checksums or IPsec. Data descriptors that do without name a slot all the same.
+func (Descriptors) UsesContext(d []byte) (slot int, ok bool) {
+	command, options := dword(d, 2), dword(d, 3)
+	if command&(txDEXT|txTypeMask) != txDEXT|txData || command&(txVLE|txTSE) == 0 && options&txPOPTS == 0 {
+		return 0, false
+	}
+	return int(options / txSlot & (ContextSlots - 1)), true
 }
 
 // IdleContext is a context for plain IPv4 over Ethernet.
