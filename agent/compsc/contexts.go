@@ -194,13 +194,27 @@ func (v *VF) contexts(r *ring, head uint32) [][]byte {
 }
 
 // relied tells which of the context slots the driver counts on with the queue
-// at head: those that it has used for several packets, and those that it has
-// filled for the next one, if that is not sent from its contexts on.
+// at head: by what it has handed over beyond, and where that tells nothing
+// those that it has used for several packets or just filled for the next one.
 func (v *VF) relied(r *ring, head uint32) uint32 {
-	if r.mirror == nil {
+	m, f := r.mirror, v.f.Descriptors()
+	if m == nil {
 		return r.relied
 	}
-	return (r.relied | r.mirror.relied | r.mirror.end(v.f.Descriptors(), head).filled) & filled(r.mirror.at(v.f.Descriptors(), head))
+	relied, open := r.relied|m.relied|m.end(f, head).filled, filled(m.at(f, head))
+	relied &= open
+	size := uint32(len(m.ring)) / m.size
+	for i := head; i != m.next && head < m.size; i = (i + 1) % m.size {
+		d := m.ring[i*size : (i+1)*size]
+		if slot, ok := f.ContextSlot(d); ok {
+			relied &^= open & (1 << slot)
+			open &^= 1 << slot
+		} else if slot, ok := f.UsesContext(d); ok {
+			relied |= open & (1 << slot)
+			open &^= 1 << slot
+		}
+	}
+	return relied
 }
 
 // filled has a bit for each slot that holds something.

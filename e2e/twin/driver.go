@@ -48,8 +48,8 @@ type ring struct {
 	size, next uint32
 	legacy     bool
 	headWB     bool
-	// part tells that the doorbell was rung within the packet that is being put
-	// there, told that the device may have told that it has that part.
+	// part tells that the doorbell was rung within a packet whose rest was not
+	// handed over yet, told that the device may have told that it has that part.
 	part, told bool
 	// slots are the context descriptors it has put in the queue's two slots; nil for one
 	// that it has not.

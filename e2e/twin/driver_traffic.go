@@ -126,10 +126,10 @@ func (g *guest) trafficOut() {
 			g.sendAdvanced(q, p)
 		}
 		if chance(g.rng, 1, 4) {
-			g.write(ixgbevf.VFTDT(q), r.next)
+			g.ringTX(q)
 		}
 	}
-	g.write(ixgbevf.VFTDT(q), r.next)
+	g.ringTX(q)
 }
 
 // room tells whether a ring has place for n descriptors more.
@@ -184,7 +184,8 @@ func (g *guest) forgetContexts(off, value uint32) {
 // report of a part then.
 func (g *guest) putPacket(q int, pieces [][]byte, describe func(piece []byte, last bool) (d [descriptorSize]byte)) {
 	r := &g.tx[q]
-	parts := chance(g.rng, 1, 4) && !(g.fleet.headsVary && r.headWB)
+	headWB := g.twins[0].vf.Read(ixgbevf.VFTDWBAL(q))&ixgbevf.TDWBALEnable != 0
+	parts := chance(g.rng, 1, 4) && !(g.fleet.headsVary && headWB)
 	for i, piece := range pieces {
 		last := i == len(pieces)-1
 		d := describe(piece, last)
@@ -192,13 +193,19 @@ func (g *guest) putPacket(q int, pieces [][]byte, describe func(piece []byte, la
 			le.PutUint32(d[8:], le.Uint32(d[8:])|rs)
 		}
 		g.put(q, d)
-		r.told = !last && (r.told || r.headWB || le.Uint32(d[8:])&txRS != 0)
+		r.told = r.told || headWB || le.Uint32(d[8:])&txRS != 0
 		if ring := chance(g.rng, 1, 2); ring && parts && !last {
 			r.part = true
 			g.write(ixgbevf.VFTDT(q), r.next)
 		}
 	}
-	r.part = false
+}
+
+// ringTX hands over all that the driver has put into a transmit ring.
+func (g *guest) ringTX(q int) {
+	r := &g.tx[q]
+	g.write(ixgbevf.VFTDT(q), r.next)
+	r.part, r.told = false, false
 }
 
 func (g *guest) sendLegacy(q int, p *packet) {
