@@ -158,6 +158,9 @@ type ring struct {
 	// slots is what the context slots held when the mirror ended: they
 	// outlive it, as they do in the device.
 	slots [][]byte
+	// lap stands for the mirror of a ring that is not followed, once the VF is
+	// quiesced.
+	lap *mirror
 	// relied has a bit for each slot whose context a driver that left its queue
 	// on has relied on before it came to this VF.
 	relied uint32
@@ -167,6 +170,14 @@ type ring struct {
 	// headShown is set: the device has another.
 	head      uint32
 	headShown bool
+}
+
+// followed is the mirror, or what stands for it; nil for neither.
+func (r *ring) followed() *mirror {
+	if r.mirror != nil {
+		return r.mirror
+	}
+	return r.lap
 }
 
 // show is what the guest finds in a register if that is not the device's.
@@ -197,7 +208,7 @@ func (v *VF) contexts(r *ring, head uint32) [][]byte {
 // at head: by what it has handed over beyond, and where that tells nothing
 // those that it has used for several packets or just filled for the next one.
 func (v *VF) relied(r *ring, head uint32) uint32 {
-	m, f := r.mirror, v.f.Descriptors()
+	m, f := r.followed(), v.f.Descriptors()
 	if m == nil {
 		return r.relied
 	}

@@ -43,6 +43,24 @@ func (v *VF) ringContexts(r *ring, head uint32) error {
 	return nil
 }
 
+// lapOf reads the last lap of a transmit ring that is on and that the guest
+// rings by itself; nil for others.
+func (v *VF) lapOf(r *ring, ctl uint32) (*mirror, error) {
+	p, tail := v.placeOf(r.Queue), v.held[r.Tail]
+	if !v.direct(r.Tail) || v.o.Memory == nil || r.ContextSlots == 0 || ctl&r.Enable == 0 || tail >= p.size {
+		return nil, nil
+	}
+	m := newMirror(p, r.Queue, tail, r.slots)
+	if err := v.o.Memory.ReadAt(p.base, m.ring); err != nil {
+		return nil, fmt.Errorf("%s: its ring cannot be read: %w", queueName(r.Queue), err)
+	}
+	for n := range p.size {
+		i := (tail + n) % p.size * r.DescriptorSize
+		m.watch(v.f.Descriptors(), m.ring[i:i+r.DescriptorSize])
+	}
+	return m, nil
+}
+
 // stopDirect notes what the resumption of a queue that is off now needs, if the
 // guest rings it by itself.
 func (v *VF) stopDirect(q family.Queue) error {

@@ -3,6 +3,7 @@ package compsc
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"slices"
 	"testing"
 	"time"
@@ -211,5 +212,39 @@ func TestDirectHasNoRelay(t *testing.T) {
 		} else if err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A part of a packet goes back into the ring of a guest that rings by itself,
+// too: its last lap tells where the packet begins.
+func TestDirectPartOfAPacket(t *testing.T) {
+	d := newFakeIGB(igbvf.DeviceID)
+	v := directIGB(t, d, d)
+	bootIGB(t, v, d)
+	postDirect(d, 3)
+	d.regs[igbvf.TDWBAL(0)] = 0
+	begin := d.regs[igbvf.TDT(0)]
+	part := func(command uint32) {
+		postDirect(d, 2)
+		ring := uint64(d.regs[igbvf.TDBAH(0)])<<32 | uint64(d.regs[igbvf.TDBAL(0)])
+		for i := range uint64(2) {
+			_ = d.mem.WriteAt(ring+16*(uint64(begin)+i)+8, binary.LittleEndian.AppendUint32(nil, command|60))
+		}
+	}
+	part(0x22300000) // without EOP and RS
+	s := capture(t, v)
+	tx := s.Queues[slices.IndexFunc(s.Queues, func(q QueueState) bool { return q.Direction == family.TX && q.Index == 0 })]
+	if tx.Head != begin || tx.Tail != begin+2 || v.GuestRead(igbvf.TDH(0)) != begin+2 {
+		t.Errorf("captured at %d of %d with head %d for the guest, want %d of %d and %d",
+			tx.Head, tx.Tail, v.GuestRead(igbvf.TDH(0)), begin, begin+2, begin+2)
+	}
+	if err := v.Unquiesce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d.regs[igbvf.TDT(0)], d.regs[igbvf.TDH(0)] = begin, begin
+	part(0x2a300000) // with RS
+	var why *IncompatibleError
+	if err := v.Quiesce(t.Context()); !errors.As(err, &why) || why.Reason != ReasonHeadNotRestorable {
+		t.Errorf("with a part that was reported: %v, want %s", err, ReasonHeadNotRestorable)
 	}
 }

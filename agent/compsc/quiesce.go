@@ -57,7 +57,13 @@ func (v *VF) stop(ctx context.Context) error {
 		}
 		// Once the queue is off, no device knows any more what it had of an open
 		// packet: on the source as well, the guest could not go on.
-		if _, err := v.openPacket(v.rings[q.Ctl], v.current(q.Head)); err != nil {
+		r := v.rings[q.Ctl]
+		lap, err := v.lapOf(r, ctl)
+		if err != nil {
+			return err
+		}
+		r.lap = lap
+		if _, err := v.openPacket(r, v.current(q.Head)); err != nil {
 			return err
 		}
 		head, err := v.stopHead(ctx, q, ctl)
@@ -65,7 +71,7 @@ func (v *VF) stop(ctx context.Context) error {
 			return err
 		}
 		v.heads[q.Head] = head
-		start, err := v.openPacket(v.rings[q.Ctl], head)
+		start, err := v.openPacket(r, head)
 		if err != nil {
 			return err
 		}
@@ -85,10 +91,11 @@ func (v *VF) stop(ctx context.Context) error {
 // gone once the queue is off. It fails if the guest may have taken that part
 // back already, because the device has told that it is through with it.
 func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
-	if r.mirror == nil || head >= r.mirror.size {
+	m := r.followed()
+	if m == nil || head >= m.size {
 		return head, nil
 	}
-	end := r.mirror.end(v.f.Descriptors(), head)
+	end := m.end(v.f.Descriptors(), head)
 	start, told := end.start, end.reports
 	if start == head {
 		return head, nil
@@ -98,7 +105,7 @@ func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
 		if err := v.o.Memory.ReadAt(uint64(v.current(r.WBAH))<<32|uint64(low&^3), b[:]); err != nil {
 			return head, fmt.Errorf("%s: the head that the device has written back cannot be read: %w", queueName(r.Queue), err)
 		}
-		size := r.mirror.size
+		size := m.size
 		at := (binary.LittleEndian.Uint32(b[:])%size + size - start) % size
 		told = at > 0 && at <= (head+size-start)%size
 	}
