@@ -21,6 +21,20 @@ var errDirect = errors.New("the guest reaches the doorbells by itself (fast path
 // direct tells whether the guest reaches the register at off by itself.
 func (v *VF) direct(off uint32) bool { return family.OnPages(v.pages, off) }
 
+// Tails returns the tails of the queues that the guest rings by itself, as they
+// stand: they change when it does. There are none on the complete path.
+func (v *VF) Tails() []uint32 {
+	v.mu.Lock()
+	defer v.unlock()
+	var tails []uint32
+	for _, q := range v.queues {
+		if v.direct(q.Tail) {
+			tails = append(tails, v.current(q.Tail))
+		}
+	}
+	return tails
+}
+
 // ringContexts reads what the context slots of a queue that is off hold, from
 // what its ring still has of the last lap: the descriptors from the tail around
 // to the head, the oldest first. Those that the guest has written behind its

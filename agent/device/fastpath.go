@@ -1,8 +1,11 @@
 package device
 
 import (
+	"context"
 	"errors"
 	"os"
+	"slices"
+	"time"
 
 	"compsc.io/compsc/agent/family"
 	"compsc.io/compsc/agent/vfiouser"
@@ -50,6 +53,32 @@ func (vf *attachedVF) immovable() string {
 	}
 	return "the VF has the fast path, and the IOMMU of its node does not record what memory it writes, so that nothing tells what to copy; " +
 		"take the interface out of the VMI's annotation and restart the VM"
+}
+
+// Looks for doorbells that were rung past this process, the first and the later.
+const (
+	doorbellLook  = 5 * time.Millisecond
+	doorbellLooks = time.Second
+)
+
+// watchDoorbells waits for the guest's next use of a VF with the fast path: that
+// of a driver which polls may show in the doorbells only. It ends when a use was
+// seen, here or by an access that passes this process.
+func (i *iface) watchDoorbells(ctx context.Context) error {
+	engine := i.get().engine
+	before := engine.Tails()
+	for pause := doorbellLook; i.watching.Load() && !i.lost.Load(); pause = min(2*pause, doorbellLooks) {
+		if !slices.Equal(engine.Tails(), before) {
+			i.noteDriver()
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+	}
+	return nil
 }
 
 // onOff says a bool in words.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -202,5 +203,48 @@ func TestFastPathVerdict(t *testing.T) {
 				t.Errorf("verdict %v, want %q with %q", d, c.reason, c.message)
 			}
 		})
+	}
+}
+
+// A guest that only rings its doorbells is seen to use its VF, and one that
+// does nothing is not.
+func TestFastPathDriverIsSeen(t *testing.T) {
+	k := newKernelModel(t)
+	i, client := fastIface(t, k)
+	i.vf.engine = compsc.New(i.vf.device.family, i.vf.silicon, compsc.Options{Direct: true})
+	for name, use := range map[string]func(){
+		"a doorbell": func() { k.VF.Write(ixgbevf.VFRDT(0), k.VF.Read(ixgbevf.VFRDT(0))+1) },
+		"a trapped access": func() {
+			if err := client.RegionRead(t.Context(), vfiouser.RegionBAR0, ixgbevf.VFLINKS, make([]byte, 4)); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		i.watchDriver()
+		ended := make(chan error, 1)
+		go func() { ended <- i.watchDoorbells(ctx) }()
+		select {
+		case <-ended:
+			t.Fatalf("before %s the guest is taken to use its VF: %v", name, i.driverSeen.Load())
+		case <-time.After(5 * doorbellLook):
+		}
+		use()
+		select {
+		case err := <-ended:
+			if err != nil || !i.driverSeen.Load() {
+				t.Errorf("%s: %v, seen: %v", name, err, i.driverSeen.Load())
+			}
+		case <-time.After(testTime):
+			t.Fatalf("%s is not seen", name)
+		}
+	}
+	// It ends with the process.
+	ctx, cancel := context.WithCancel(t.Context())
+	i.watchDriver()
+	cancel()
+	if err := i.watchDoorbells(ctx); err != nil || i.driverSeen.Load() {
+		t.Errorf("it ended with %v, seen: %v", err, i.driverSeen.Load())
 	}
 }

@@ -33,12 +33,17 @@ func (i *iface) watchDriver() {
 // gives the device up when an answer takes 5 s (x-msg-timeout).
 const stoppedAccess = 2 * time.Second
 
-// touched is called before each access of the guest.
-func (i *iface) touched() {
+// noteDriver notes that the guest uses the VF.
+func (i *iface) noteDriver() {
 	if i.watching.Load() && i.watching.CompareAndSwap(true, false) {
 		i.driverSeen.Store(true)
 		i.p.set(func() {})
 	}
+}
+
+// touched is called before each access of the guest.
+func (i *iface) touched() {
+	i.noteDriver()
 	i.mu.Lock()
 	ch := i.running
 	i.mu.Unlock()

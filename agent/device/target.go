@@ -371,6 +371,9 @@ func (p *process) targetRuns() {
 	})
 	for _, i := range p.interfaces() {
 		i.watchDriver()
+		if i.get().handoff.FastPath {
+			p.serve(i.watchDoorbells)
+		}
 		// An interrupt raised after the source had saved its interrupt
 		// controllers is lost; a spurious one is harmless.
 		i.fireAll()
