@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -56,6 +57,11 @@ func run(m *testing.M) int {
 	say("taking everything down")
 	if err := stack.Close(); err != nil {
 		say(err.Error())
+		code = 1
+	}
+	left, err := stack.Lab.Left()
+	if err != nil || len(left) > 0 {
+		say(fmt.Sprintf("not taken down: %s (%v)", strings.Join(left, ", "), err))
 		code = 1
 	}
 	say("done")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,33 @@ func newLab(t *testing.T) *Lab {
 		}
 	})
 	return l
+}
+
+// TestLeft: nothing is left of a lab that was closed, and what there is before is
+// found.
+func TestLeft(t *testing.T) {
+	l := newLab(t)
+	if _, err := l.NewCgroup("a"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Start(Command{Name: "tail", Path: "/usr/bin/tail", Args: []string{"-f", l.Dir + "/log"}, Log: filepath.Join(l.Dir, "log")}); err != nil {
+		t.Fatal(err)
+	}
+	left, err := l.Left()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"directory ", "mount ", "network namespace ", "control group ", "link ", "process "} {
+		if !slices.ContainsFunc(left, func(s string) bool { return strings.HasPrefix(s, want) }) {
+			t.Errorf("no %swas found: %q", want, left)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := l.Left(); err != nil || len(left) > 0 {
+		t.Errorf("left of a closed lab: %q (%v)", left, err)
+	}
 }
 
 // TestReach: every namespace reaches every other one, as the API server,
