@@ -1,4 +1,4 @@
-// This module runs KubeVirt's own caller of node hooks. Four of its packages are
+// This module runs KubeVirt's own callers of hooks. The packages that do the work are
 // not here: the script beside it takes them from KubeVirt's module at build time.
 module compsc.io/compsc/hack/kubevirt-hooks
 

@@ -1,12 +1,18 @@
-// KubeVirt's own caller of node hooks, as virt-handler 1.9 has it: its gRPC
+// KubeVirt's own callers of hooks. The first is that of node hooks, as virt-handler 1.9 has it: its gRPC
 // client, its evaluation of conditions and its order of hooks. Tests run it to
 // see that CompSC's agent and Plugin object fit.
 //
 // Usage: kubevirt-hooks PLUGIN.yaml SOCKET
 //
+//	kubevirt-hooks sidecar DIRECTORY
+//
 // The Plugin object's hooks are called at SOCKET instead of where it says. Each
 // line on standard input is a call, {"hookPoint", "node", "vmi"}; each is answered
 // by a line {"error"} with what virt-handler would report, empty for nothing.
+//
+// The second form is virt-launcher's caller of sidecars, whose sockets it looks for
+// below the DIRECTORY. Calls are {"call", "domain", "vmi"}, where "call" is Collect,
+// OnDefineDomain or Shutdown; answers {"error", "domain"}.
 package main
 
 import (
@@ -28,10 +34,14 @@ import (
 
 func main() {
 	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: kubevirt-hooks PLUGIN.yaml SOCKET")
+		fmt.Fprintln(os.Stderr, "usage: kubevirt-hooks PLUGIN.yaml SOCKET | kubevirt-hooks sidecar DIRECTORY")
 		os.Exit(2)
 	}
-	if err := run(os.Args[1], os.Args[2], os.Stdin, os.Stdout); err != nil {
+	call := func() error { return run(os.Args[1], os.Args[2], os.Stdin, os.Stdout) }
+	if os.Args[1] == "sidecar" {
+		call = func() error { return sidecars(os.Args[2], os.Stdin, os.Stdout) }
+	}
+	if err := call(); err != nil {
 		fmt.Fprintln(os.Stderr, "kubevirt-hooks:", err)
 		os.Exit(1)
 	}

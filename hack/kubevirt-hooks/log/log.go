@@ -30,3 +30,12 @@ func (Logger) Warningf(format string, args ...any) { fmt.Fprintf(os.Stderr, form
 
 // Errorf logs.
 func (Logger) Errorf(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// Info logs.
+func (Logger) Info(text string) { fmt.Fprintln(os.Stderr, text) }
+
+// Error logs.
+func (Logger) Error(text string) { fmt.Fprintln(os.Stderr, text) }
+
+// Warning logs.
+func (Logger) Warning(text string) { fmt.Fprintln(os.Stderr, text) }
