@@ -557,7 +557,9 @@ func TestSRIOVWriteIsBounded(t *testing.T) {
 func TestSRIOVInUse(t *testing.T) {
 	n := newFakeNode(t)
 	with, without := t.TempDir(), t.TempDir()
-	n.must(os.MkdirAll(filepath.Join(with, "bus/pci/devices", vf0, "vfio-dev/vfio4"), 0o755))
+	cdev := filepath.Join(with, "bus/pci/devices", vf0, "vfio-dev/vfio4")
+	n.must(os.MkdirAll(cdev, 0o755))
+	n.must(os.WriteFile(filepath.Join(cdev, "dev"), []byte("511:4\n"), 0o644))
 	for name, c := range map[string]struct {
 		sysfs       string
 		group, cdev error
@@ -666,4 +668,23 @@ func TestSRIOVDifferences(t *testing.T) {
 	if _, err := n.host().Settings(t.Context(), pf0); err == nil {
 		t.Error("settings of what is no VF")
 	}
+}
+
+// A kernel with iommufd, but without device cdevs, shows a VFIO device without a
+// number.
+func TestCdev(t *testing.T) {
+	n := newFakeNode(t)
+	s := n.host().sys
+	want := func(name string) {
+		t.Helper()
+		if got, err := s.cdev(vf0); err != nil || got != name {
+			t.Errorf("cdev %q, want %q (%v)", got, name, err)
+		}
+	}
+	want("") // no vfio-pci
+	device := "bus/pci/devices/" + vf0 + "/vfio-dev/vfio3"
+	n.mkdir(device)
+	want("")
+	n.attr(device+"/dev", "511:3")
+	want("vfio3")
 }

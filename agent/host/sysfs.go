@@ -198,14 +198,23 @@ func (s sysfs) node(address string) (uint64, error) {
 
 // cdev returns the name of a function's VFIO device cdev, empty for none.
 func (s sysfs) cdev(address string) (string, error) {
-	entries, err := os.ReadDir(s.device(address, "vfio-dev"))
+	dir := s.device(address, "vfio-dev")
+	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 		return "", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	return entries[0].Name(), nil
+	// A kernel without VFIO_DEVICE_CDEV shows the device too, but no number to
+	// open it by.
+	name := entries[0].Name()
+	if _, err := os.Stat(filepath.Join(dir, name, "dev")); errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	} else if err != nil {
+		return "", err
+	}
+	return name, nil
 }
 
 // makeIOMMU makes the device node of the kernel's iommufd at path, if the
