@@ -16,12 +16,19 @@ type MemlockError struct {
 	// Needed and Limit are in bytes. Needed is what this VF's mappings come to
 	// with the one that failed; each VF of a VM locks the guest's RAM again.
 	Needed, Limit uint64
+	// PerUser says that the kernel counts what all processes of this one's user
+	// lock by iommufd, and not this one's alone.
+	PerUser bool
 }
 
 // Error names the amount and says what to do.
 func (e *MemlockError) Error() string {
-	return fmt.Sprintf("memory that a VF reaches is locked, and this process may lock %d MiB: it needs %d MiB for each VF (the guest's RAM); "+
-		"raise its limit RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK", e.Limit>>20, (e.Needed+1<<20-1)>>20)
+	others := ""
+	if e.PerUser {
+		others = ", and what other processes of its user lock by iommufd counts too"
+	}
+	return fmt.Sprintf("memory that a VF reaches is locked, and this process may lock %d MiB: it needs %d MiB for each VF (the guest's RAM)%s; "+
+		"raise its limit RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK", e.Limit>>20, (e.Needed+1<<20-1)>>20, others)
 }
 
 // Unwrap is ENOMEM, what the kernel says.
@@ -52,7 +59,8 @@ func (d *Device) Map(iova uint64, mem []byte, readable, writable bool) error {
 	defer d.mu.Unlock()
 	err := d.space.mapDMA(iova, mem, readable, writable)
 	if errors.Is(err, unix.ENOMEM) {
-		err = memlock(d.locked+size, err)
+		_, perUser := d.space.(*ioas)
+		err = memlock(d.locked+size, perUser, err)
 	}
 	if err != nil {
 		return what(err)
@@ -62,12 +70,12 @@ func (d *Device) Map(iova uint64, mem []byte, readable, writable bool) error {
 }
 
 // memlock tells whether ENOMEM is about the limit on locked memory.
-func memlock(needed uint64, err error) error {
+func memlock(needed uint64, perUser bool, err error) error {
 	var l unix.Rlimit
 	if rerr := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l); rerr != nil || l.Cur == unix.RLIM_INFINITY {
 		return err
 	}
-	return &MemlockError{Needed: needed, Limit: l.Cur}
+	return &MemlockError{Needed: needed, Limit: l.Cur, PerUser: perUser}
 }
 
 // Unmap takes back what one Map gave. On return the VF reaches none of it.

@@ -87,8 +87,9 @@ func TestMemlockIsNamed(t *testing.T) {
 		}
 		k.fail[iommuMapDMA], k.fail[ioasMap] = unix.ENOMEM, unix.ENOMEM
 		err := d.Map(0x1000000, mem, true, true)
+		_, perUser := d.space.(*ioas)
 		var lock *MemlockError
-		if !errors.As(err, &lock) || *lock != (MemlockError{Needed: 2 << 20, Limit: 8 << 20}) || !errors.Is(err, unix.ENOMEM) {
+		if !errors.As(err, &lock) || *lock != (MemlockError{Needed: 2 << 20, Limit: 8 << 20, PerUser: perUser}) || !errors.Is(err, unix.ENOMEM) {
 			t.Errorf("error %v", err)
 		}
 		if want := "may lock 8 MiB: it needs 2 MiB"; err == nil || !strings.Contains(err.Error(), want) {
