@@ -41,6 +41,10 @@ const (
 	controlPlaneLabel = "node-role.kubernetes.io/control-plane"
 
 	deployTimeout = 10 * time.Minute
+
+	// operatorFailures is how many of its liveness probes virt-operator may fail
+	// in a row.
+	operatorFailures = 60
 )
 
 // Options of a Stack.
@@ -147,7 +151,8 @@ func (s *Stack) installKubeVirt(ctx context.Context) error {
 
 // configureOperator tells virt-operator of an image for virt-launcher whose QEMU
 // has vfio-user-pci, as docs/quick-start.md says. It has one virt-operator where
-// there would be two: nothing here tests its failover.
+// there would be two: nothing here tests its failover. And it is not killed for
+// the time that it takes to start on a busy machine.
 func configureOperator(u *unstructured.Unstructured) error {
 	if u.GetKind() != "Deployment" || u.GetName() != "virt-operator" {
 		return nil
@@ -167,6 +172,9 @@ func configureOperator(u *unstructured.Unstructured) error {
 		}
 		_, version, _ := strings.Cut(fmt.Sprint(container["image"]), ":")
 		container["env"] = append(env, map[string]any{"name": "VIRT_LAUNCHER_IMAGE", "value": launcherImage + ":" + version})
+		if probe, ok := container["livenessProbe"].(map[string]any); ok {
+			probe["failureThreshold"] = int64(operatorFailures)
+		}
 	}
 	return errors.Join(
 		unstructured.SetNestedSlice(u.Object, containers, "spec", "template", "spec", "containers"),

@@ -47,12 +47,29 @@ func (l *Lab) NewCgroup(name string) (dirs []string, err error) {
 		if err := inheritCPUs(h, dir); err != nil {
 			return nil, fmt.Errorf("control groups: %w", err)
 		}
+		if err := weigh(dir); err != nil {
+			return nil, fmt.Errorf("control groups: %w", err)
+		}
 		dirs = append(dirs, dir)
 	}
 	if len(dirs) == 0 {
 		return nil, errors.New("control groups: no hierarchy of their first version is mounted below " + cgroupDir)
 	}
 	return dirs, nil
+}
+
+// nodeShares is how much a node counts where processors are short, in what a
+// group counts by itself, which is as much as one process outside: nodes have
+// many, and pods on them that are killed if they do not come up in time.
+const nodeShares = 8 * 1024
+
+// weigh gives a new group of the hierarchy of processor time its weight.
+func weigh(dir string) error {
+	path := filepath.Join(dir, "cpu.shares")
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil // another hierarchy
+	}
+	return os.WriteFile(path, []byte(strconv.Itoa(nodeShares)), 0)
 }
 
 // inheritCPUs gives a new group of the hierarchy of cpusets what its parent
