@@ -20,7 +20,7 @@ func init() {
 			panic(err)
 		}
 		var fault string
-		c.Flags().StringVar(&fault, "fault", "", "inject a fault: corrupt-state, no-marking")
+		c.Flags().StringVar(&fault, "fault", "", "inject a fault: corrupt-state, no-marking, filters-taken")
 		run := c.RunE
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			switch fault {
@@ -29,6 +29,8 @@ func init() {
 				deviceOptions.Faults.TamperState = func(b []byte) { b[len(b)/2] ^= 0x10 }
 			case "no-marking":
 				deviceOptions.Faults.SkipMarking = true
+			case "filters-taken":
+				deviceOptions.Faults.TakeFilters = true
 			default:
 				return fmt.Errorf("--fault: %q is not known", fault)
 			}

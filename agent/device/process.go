@@ -73,6 +73,9 @@ type Faults struct {
 	// SkipMarking leaves the pages that the device wrote unmarked, as if QEMU
 	// saw DMA through the shared mapping by itself.
 	SkipMarking bool
+	// TakeFilters leaves the model's PF without a free filter once the rehearsal
+	// is over, as if its other VFs had taken them.
+	TakeFilters bool
 }
 
 func (o Options) validate() error {

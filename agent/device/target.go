@@ -324,6 +324,9 @@ func (p *process) Activate(ctx context.Context, r *pb.ActivateRequest) (*pb.Acti
 	case phase != pb.Phase_PHASE_TARGET_HELD || !run.hold.pending():
 		return nil, errNoMigration(r.MigrationUid, uid, phase)
 	}
+	if p.opts.Faults.TakeFilters {
+		p.takeFilters()
+	}
 	// Not the caller's context: a restore once begun is finished or undone.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), activateTimeout)
 	defer cancel()

@@ -49,6 +49,15 @@ func (v *VF) SetTrust(trusted bool) {
 	v.ping()
 }
 
+// SetFree changes how many further filters the PF has for the VF, as its other
+// VFs take and release theirs: see Config.MACVLANs and Config.VLANs. What the VF
+// has it keeps.
+func (v *VF) SetFree(macvlans, vlans int) {
+	v.mu.Lock()
+	defer v.unlock()
+	v.cfg.MACVLANs, v.cfg.VLANs = macvlans, vlans
+}
+
 // SetSpoofCheck does what `ip link set PF vf N spoofchk` does.
 func (v *VF) SetSpoofCheck(on bool) {
 	v.mu.Lock()
