@@ -97,9 +97,12 @@ test: ## Run all tests: unit, fuzz, apiserver, e2e-chart, qemu, e2e-sriov.
 	@$(MAKE) --no-print-directory qemu
 	@$(MAKE) --no-print-directory e2e-sriov
 
+# Of `make bench`: flags of e2e/bench, such as -strict or -only=access.
+BENCHFLAGS ?=
+
 .PHONY: bench
-bench: ## Measure what it costs: switchover, register accesses, packet rate; also in out/bench.json.
-	@hack/bench
+bench: ## Measure what it costs: switchover, register accesses, packet rate; also in out/bench.json; BENCHFLAGS=-strict to fail when a target is missed.
+	@hack/bench $(BENCHFLAGS)
 
 .PHONY: artifacts
 artifacts: qemu-tree guest kube kubevirt-crds ## Make what tests and the demo run: QEMU, guests, control plane, KubeVirt's CRDs.

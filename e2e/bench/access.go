@@ -114,12 +114,12 @@ func (r *report) addReads(where string, plan accessPlan, res accessResult, limit
 				name += ", " + registerNames[n]
 			}
 			f := r.add(section, name, "µs", scaled(sample.Took, 1e-3))
-			f.note("server's processor %s µs", number(median(sample.Worked)/1e3))
 			if i < 2 && limit > 0 {
 				f.below(limit)
 			}
 		}
 	}
+	r.addWork("Server's processor time for such a read"+where, plan, res, func(s serverResult) []accessSamples { return s.Reads }, registerNames)
 	for i, s := range plan.Servers[:last] {
 		r.add(section, s.Name+" / "+plan.Servers[last].Name, "", ratios(res.Servers[i].Reads[0].Took, res.Servers[last].Reads[0].Took))
 	}
@@ -137,14 +137,27 @@ func (r *report) addPosts(where string, plan accessPlan, res accessResult, limit
 				name += ", " + doorbellNames[n]
 			}
 			f := r.addRate(section, name, "/s", rates(sample.Took))
-			f.note("server's processor %s µs each", number(median(sample.Worked)/1e3))
 			if i < 2 && limit > 0 {
 				f.above(limit)
 			}
 		}
 	}
+	r.addWork("Server's processor time for such a write"+where, plan, res, func(s serverResult) []accessSamples { return s.Writes }, doorbellNames)
 	for i, s := range plan.Servers[:last] {
 		r.addRate(section, s.Name+" / "+plan.Servers[last].Name, "", ratios(res.Servers[last].Writes[0].Took, res.Servers[i].Writes[0].Took))
+	}
+}
+
+// addWork reports what the accesses took of the servers' processors.
+func (r *report) addWork(section string, plan accessPlan, res accessResult, of func(serverResult) []accessSamples, names []string) {
+	for i, s := range plan.Servers {
+		for n, sample := range of(res.Servers[i]) {
+			name := s.Name
+			if s.Device {
+				name += ", " + names[n]
+			}
+			r.add(section, name, "µs", scaled(sample.Worked, 1e-3))
+		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
 )
 
@@ -44,6 +45,7 @@ func run(ctx context.Context, args []string) error {
 	out := flags.String("out", "out/bench.json", "`file` that the figures are written to")
 	reference := flags.String("libvfio-user", "", "`program` that serves a device with libvfio-user; without it there is no such comparison")
 	only := flags.String("only", "", "measure only this: switchover, access or overhead")
+	strict := flags.Bool("strict", false, "fail when a target is missed")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return nil
@@ -71,5 +73,8 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Printf("\nWritten to %s.\n", *out)
+	if missed, targets := r.missed(); *strict && len(missed) > 0 {
+		return fmt.Errorf("%d of %d targets missed: %s", len(missed), targets, strings.Join(missed, "; "))
+	}
 	return nil
 }

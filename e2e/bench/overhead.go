@@ -41,17 +41,31 @@ const (
 
 // way is one way from the guest's driver to the silicon.
 type way struct {
-	name             string
-	engine, tracking bool
+	name     string
+	engine   bool
+	tracking tracking
 }
+
+// tracking is who knows which pages the VF writes.
+type tracking int
+
+const (
+	untracked tracking = iota
+	// byMemory: whoever writes, as the model of this process does.
+	byMemory
+	// byEngine: the engine, from the descriptors, as with a VF behind an IOMMU
+	// that has no dirty bits.
+	byEngine
+)
 
 // ways differ in nothing but what recording and tracking add. On the first, a
 // register access goes to the model as it is, and the model writes to the
 // guest's memory as it is.
 var ways = []way{
-	{"without", false, false},
-	{"with recording", true, false},
-	{"with recording and tracking", true, true},
+	{"without", false, untracked},
+	{"with recording", true, untracked},
+	{"with recording and tracking", true, byMemory},
+	{"with recording and tracking by the engine", true, byEngine},
 }
 
 func (w way) socket(dir string) string { return filepath.Join(dir, w.name+".sock") }
@@ -82,18 +96,35 @@ func newWayDevice(w way) *wayDevice {
 		d.bar = d.vf
 	} else {
 		pages := &dirty.Set{}
-		if w.tracking {
+		if w.tracking != untracked {
 			pages.Start()
 		}
 		tracked := dirty.Tracked{Memory: &d.mem, Pages: pages}
 		var e *compsc.VF
-		d.vf = model.New(cfg, tracked, &d.wire, func(vector int) { e.Interrupt(vector) })
+		var reached model.Memory = tracked
+		if w.tracking == byEngine {
+			reached = &d.mem
+		}
+		d.vf = model.New(cfg, reached, &d.wire, func(vector int) { e.Interrupt(vector) })
 		e = compsc.New(ixgbevf.New(cfg.QueuePairs), d.vf, compsc.Options{
 			VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID, Memory: tracked, Logger: slog.New(slog.DiscardHandler)})
+		if w.tracking == byEngine {
+			e.Track(func(addr uint64, n int) { d.wrote(pages, addr, n) })
+		}
 		d.bar = guestBar{e}
 	}
 	d.wire.vf = d.vf
 	return d
+}
+
+// wrote adds the pages of guest memory among n bytes, as the device process does.
+func (d *wayDevice) wrote(pages *dirty.Set, addr uint64, n int) {
+	const pageSize = 4096
+	for end := addr + uint64(n); addr < end; addr = addr&^(pageSize-1) + pageSize {
+		if d.mem.Writable(addr) {
+			pages.Add(addr, 1)
+		}
+	}
 }
 
 // The methods of a vfio-user device that differ from plainDevice's.

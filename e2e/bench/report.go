@@ -172,22 +172,26 @@ func (r *report) print(w io.Writer) {
 	for _, m := range r.Remarks {
 		fmt.Fprintf(w, "\n%s\n", m)
 	}
-	var missed []string
-	targets := 0
+	missed, targets := r.missed()
+	fmt.Fprintf(w, "\n%d of %d targets met in this run.", targets-len(missed), targets)
+	if len(missed) > 0 {
+		fmt.Fprintf(w, " MISSED: %s.", strings.Join(missed, "; "))
+	}
+	fmt.Fprintln(w)
+}
+
+// missed names the targets that were missed, of how many.
+func (r *report) missed() (names []string, targets int) {
 	for _, f := range r.Figures {
 		if f.Target == nil {
 			continue
 		}
 		targets++
 		if !f.Target.Met {
-			missed = append(missed, f.Section+", "+f.Name)
+			names = append(names, f.Section+", "+f.Name)
 		}
 	}
-	fmt.Fprintf(w, "\n%d of %d targets met in this run.", targets-len(missed), targets)
-	if len(missed) > 0 {
-		fmt.Fprintf(w, " MISSED: %s.", strings.Join(missed, "; "))
-	}
-	fmt.Fprintln(w)
+	return names, targets
 }
 
 func (r *report) write(path string) error {
