@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -77,7 +78,8 @@ type Options struct {
 	// PodsDir is the kubelet's directory of pods; default /var/lib/kubelet/pods.
 	PodsDir string
 	// PodResources is the socket of the kubelet's pod resources API; default
-	// kubelet.Socket. Without a kubelet there the pods' annotations decide.
+	// kubelet.Socket. Without a kubelet there the pods' annotations decide about
+	// VFs that are models; VFs of NICs are not attached.
 	PodResources string
 	// PeerListen is where other agents reach this one, host:port; required.
 	PeerListen string
@@ -208,7 +210,7 @@ type agent struct {
 func newScheme() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		corev1.AddToScheme, coordinationv1.AddToScheme, certificatesv1.AddToScheme, virtv1.AddToScheme, cluster.AddToScheme, v1alpha1.AddToScheme,
+		corev1.AddToScheme, coordinationv1.AddToScheme, certificatesv1.AddToScheme, virtv1.AddToScheme, nadv1.AddToScheme, cluster.AddToScheme, v1alpha1.AddToScheme,
 	} {
 		if err := add(s); err != nil {
 			return nil, err

@@ -159,6 +159,11 @@ func newDrill(t *testing.T) *drill {
 			return &watchedHost{h, t, cards}
 		}
 		n.logLevel = slog.LevelInfo
+		short, err := os.MkdirTemp("", "kubelet") // a socket's path is short
+		d.must(err)
+		t.Cleanup(func() { os.RemoveAll(short) })
+		n.podResources = filepath.Join(short, "k.sock")
+		serveKubelet(t, n.podResources, []string{"launcher-source", "launcher-target"}[i], e.vf.Address)
 		n.limits = &limits{retry: 6 * time.Second, pause: 50 * time.Millisecond, call: 15 * time.Second, watch: time.Second, look: 150 * time.Millisecond}
 		if i == 0 {
 			d.src = e

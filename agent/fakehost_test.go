@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"maps"
 	"os"
@@ -20,6 +21,7 @@ type fakeHost struct {
 	settled  int
 	damage   []host.Damage
 	settings *host.Settings
+	backend  string // host.BackendModel if empty
 	// releaseError fails Release.
 	releaseError error
 	// answerError fails Answer; told hears of whatever it, or Prepare, changes.
@@ -31,7 +33,7 @@ type fakeHost struct {
 
 func (h *fakeHost) Inventory(context.Context) ([]host.PF, error) {
 	vf := func(a string) host.VF { return host.VF{Address: a, DeviceID: "8086:10ed", Family: "ixgbevf"} }
-	return []host.PF{{Name: "pf0", Backend: host.BackendModel, VFs: []host.VF{vf("0000:03:10.0"), vf("0000:03:10.2")}}}, nil
+	return []host.PF{{Name: "pf0", Backend: cmp.Or(h.backend, host.BackendModel), VFs: []host.VF{vf("0000:03:10.0"), vf("0000:03:10.2")}}}, nil
 }
 
 func (h *fakeHost) Prepare(_ context.Context, r host.Request) (*host.Prepared, error) {

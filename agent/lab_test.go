@@ -83,13 +83,15 @@ type lab struct {
 
 // labNode is a node; its agent can be killed and started again.
 type labNode struct {
-	lab     *lab
-	name    string
-	podsDir string
-	procDir string // without processes
-	files   peer.Files
-	host    *fakeHost
-	address string
+	// podResources is the socket of the node's kubelet, empty if it has none.
+	podResources string
+	lab          *lab
+	name         string
+	podsDir      string
+	procDir      string // without processes
+	files        peer.Files
+	host         *fakeHost
+	address      string
 	// newHost, if set, returns what each agent has instead of host; limits, if
 	// set, are for a node that is slow.
 	newHost func() Host
@@ -228,6 +230,7 @@ func (n *labNode) start() {
 	if n.limits != nil {
 		a.limits = *n.limits
 	}
+	a.podResources = n.podResources
 	n.agent = a
 	creds.OnRefused(a.peerRefused)
 	var dead atomic.Bool

@@ -13,9 +13,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/device/handoff"
@@ -371,6 +374,13 @@ func TestPinFails(t *testing.T) {
 			if _, err := s.to.agent.acquire(s.t.Context(), vfB, holderOf(other)); err != nil {
 				s.t.Fatal(err)
 			}
+			// Nor does it matter that nobody has renewed the lease for long: the
+			// agent, which does that, may be away while the VM runs.
+			l := &coordinationv1.Lease{}
+			s.api(s.client.Get(s.t.Context(), client.ObjectKey{Namespace: v1alpha1.SystemNamespace, Name: vfLeaseName("b", vfB)}, l))
+			long := metav1.NewMicroTime(time.Now().Add(-100 * vfLeaseDuration))
+			l.Spec.RenewTime = &long
+			s.api(s.client.Update(s.t.Context(), l))
 		}, "is leased to pod default/launcher-other/launcher-other-uid"},
 		{"host refuses", func(s *scene) { s.to.host.err = errors.New("MAC 52:54:00:00:00:0a is in use by VF 0000:03:10.0") }, "is in use by VF 0000:03:10.0"},
 	}

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	virtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -40,7 +43,9 @@ func wait(again time.Duration, format string, args ...any) error {
 // pinned is a VF that is leased to a pod and attached to its device process.
 type pinned struct {
 	iface string
-	ref   v1alpha1.VFReference
+	// network is that of the interface, namespace/name.
+	network string
+	ref     v1alpha1.VFReference
 	// slot is the VF's device number in the guest, of how many VFs the VM has.
 	slot, of int
 	// fast tells that the guest is to reach its doorbells by itself.
@@ -121,7 +126,7 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 		if err != nil {
 			return nil, fmt.Errorf("interface %s: %w", i.Name, err)
 		}
-		out = append(out, pinned{i.Name, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}, i.Slot, len(ifaces), i.FastPath})
+		out = append(out, pinned{i.Name, i.Network, v1alpha1.VFReference{PF: pfs[i.VFAddress].Name, VF: i.VFAddress, MAC: i.MAC, Epoch: epoch}, i.Slot, len(ifaces), i.FastPath})
 	}
 
 	st, err := a.status(ctx, d)
@@ -140,7 +145,7 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 			}
 			continue
 		}
-		if err := a.checkGiven(ctx, pod, p.ref.VF); err != nil {
+		if err := a.checkGiven(ctx, pod, p, pfs[p.ref.VF].Backend); err != nil {
 			return nil, fmt.Errorf("interface %s: %w", p.iface, err)
 		}
 		if err := a.attach(ctx, d, vfs[p.ref.VF], p, role); err != nil {
@@ -152,21 +157,40 @@ func (a *agent) pin(ctx context.Context, pod *corev1.Pod, role string) ([]pinned
 	return out, nil
 }
 
-// checkGiven asks the kubelet whether it gave the VF to the pod: what the pod's
-// annotations say comes from the network plugin.
-func (a *agent) checkGiven(ctx context.Context, pod *corev1.Pod, vf string) error {
+// +kubebuilder:rbac:groups=k8s.cni.cncf.io,resources=network-attachment-definitions,verbs=get
+
+// annotationResource of a NetworkAttachmentDefinition names the device plugin's
+// resource that its pods get a device of.
+const annotationResource = "k8s.v1.cni.cncf.io/resourceName"
+
+// checkGiven asks the kubelet whether it gave the VF to the pod, of the resource
+// that the interface's network is of: what the pod's annotations say comes from
+// the network plugin.
+func (a *agent) checkGiven(ctx context.Context, pod *corev1.Pod, p *pinned, backend string) error {
 	given, err := kubelet.VFs(ctx, a.podResources)
-	if errors.Is(err, kubelet.ErrUnknown) {
+	if errors.Is(err, kubelet.ErrUnknown) && backend != host.BackendVFIO {
 		return nil
 	}
 	if err != nil {
-		return wait(a.limits.pause*4, "%w", err)
+		return wait(a.limits.pause*4, "whether the kubelet gave VF %s to pod %s/%s is not known: %w", p.ref.VF, pod.Namespace, pod.Name, err)
 	}
-	resource, err := kubelet.Check(given, pod.Namespace, pod.Name, vf)
-	if err == nil && resource != "" {
-		a.log.Debug("the kubelet gave the VF to the pod", "vf", vf, "pod", pod.Namespace+"/"+pod.Name, "resource", resource)
+	resource, err := kubelet.Check(given, pod.Namespace, pod.Name, p.ref.VF)
+	if err != nil || resource == "" {
+		return err
 	}
-	return err
+	namespace, name, _ := strings.Cut(p.network, "/")
+	nad := &nadv1.NetworkAttachmentDefinition{}
+	err = a.live.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, nad)
+	switch {
+	case apierrors.IsNotFound(err) || meta.IsNoMatchError(err):
+		return nil // it went since the pod was given its network
+	case err != nil:
+		return wait(a.limits.pause*4, "NetworkAttachmentDefinition %s: %w", p.network, err)
+	}
+	if want := nad.Annotations[annotationResource]; want != "" && want != resource {
+		return fmt.Errorf("the kubelet gave VF %s to pod %s/%s of resource %s, and network %s is of resource %s", p.ref.VF, pod.Namespace, pod.Name, resource, p.network, want)
+	}
+	return nil
 }
 
 // isAttached tells whether the device process has this VF at this epoch.

@@ -39,7 +39,7 @@ func TestFastPaths(t *testing.T) {
 func TestInterfacesHaveFastPaths(t *testing.T) {
 	vmi := withNetwork(withNetwork(newVMI(iface("red", ""), iface("blue", "")), "red", "ns/fast"), "blue", "fast")
 	vmi.Annotations = map[string]string{v1alpha1.AnnotationFastPath: "blue"}
-	got, err := Interfaces(newPod(list(entryNet2, entryNet3), ""), vmi)
+	got, err := Interfaces(newPod(list(entryRed, entryBlue), ""), vmi)
 	if err != nil || len(got) != 2 || got[0].FastPath || !got[1].FastPath {
 		t.Errorf("got %+v, %v", got, err)
 	}

@@ -53,7 +53,7 @@ var pciAddress = regexp.MustCompile(`^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7
 // The VFs are read from Multus' network-status annotation. An entry belongs
 // to the interface whose network it names; where several name the same, the
 // entry's interface name, which KubeVirt derives from the VMI's network name,
-// decides, and without such names the n-th entry belongs to the n-th network.
+// decides, and never their order.
 // KubeVirt's own network-info annotation must agree where it is present.
 //
 // Errors name the pod, the annotation and the interface. They wrap ErrNotYet
@@ -133,17 +133,11 @@ func entryOf(vmi *virtv1.VirtualMachineInstance, name string, entries []nadv1.Ne
 	if network == "" {
 		return "", nil, fmt.Errorf("the VMI has no Multus network of that name")
 	}
-	// The networks that share it, in the VMI's order.
-	nth, sharing := 0, 0
+	sharing := 0
 	for i := range vmi.Spec.Networks {
-		n := &vmi.Spec.Networks[i]
-		if n.Multus == nil || qualified(vmi.Namespace, n.Multus.NetworkName) != network {
-			continue
+		if n := &vmi.Spec.Networks[i]; n.Multus != nil && qualified(vmi.Namespace, n.Multus.NetworkName) == network {
+			sharing++
 		}
-		if n.Name == name {
-			nth = sharing
-		}
-		sharing++
 	}
 	var same []*nadv1.NetworkStatus
 	want := podInterfaceName(name)
@@ -159,7 +153,10 @@ func entryOf(vmi *virtv1.VirtualMachineInstance, name string, entries []nadv1.Ne
 	if len(same) != sharing {
 		return "", nil, fmt.Errorf("network %s has %d entries, the VMI has %d networks of it", network, len(same), sharing)
 	}
-	return network, same[nth], nil
+	if sharing > 1 {
+		return "", nil, fmt.Errorf("network %s has %d entries, and none with the interface name %s: which of them is this one's cannot be told; restart the VM", network, len(same), want)
+	}
+	return network, same[0], nil
 }
 
 func readEntry(iface *virtv1.Interface, e *nadv1.NetworkStatus) (Interface, error) {

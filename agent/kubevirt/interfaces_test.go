@@ -46,6 +46,8 @@ const (
 	entryNet3    = `{"name":"ns/fast","interface":"net3","device-info":{"type":"pci","pci":{"pci-address":"0000:03:10.4"}}}`
 )
 
+var entryRed = `{"name":"ns/fast","interface":"` + podInterfaceName("red") + `","device-info":{"type":"pci","pci":{"pci-address":"0000:03:10.6"}}}`
+
 func list(e ...string) string { return "[" + strings.Join(e, ",") + "]" }
 
 func TestInterfaces(t *testing.T) {
@@ -81,9 +83,11 @@ func TestInterfaces(t *testing.T) {
 			v.Spec.Domain.Devices.Interfaces = v.Spec.Domain.Devices.Interfaces[1:]
 			return v
 		}(), pod: newPod(list(entryNet2, entryBlue), ""), want: []Interface{blue}},
-		{name: "n-th of the same network", vmi: two(), pod: newPod(list(entryDefault, entryNet2, entryNet3), ""), want: []Interface{
-			{Name: "red", Slot: 0x10, VFAddress: "0000:03:10.2", MAC: "52:54:00:00:00:0b", Network: "ns/fast"},
-			{Name: "blue", Slot: 0x11, VFAddress: "0000:03:10.4", Network: "ns/fast"}}},
+		{name: "both matched by pod interface name", vmi: two(), pod: newPod(list(entryDefault, entryBlue, entryRed), ""), want: []Interface{
+			{Name: "red", Slot: 0x10, VFAddress: "0000:03:10.6", Network: "ns/fast"},
+			{Name: "blue", Slot: 0x11, VFAddress: "0000:03:10.0", MAC: "52:54:00:00:00:0a", Network: "ns/fast"}}},
+		{name: "never by order", vmi: two(), pod: newPod(list(entryDefault, entryNet2, entryNet3), ""),
+			err: "interface red: network ns/fast has 2 entries, and none with the interface name " + podInterfaceName("red")},
 		{name: "network-info agrees", vmi: one(""), pod: newPod(list(entryBlue),
 			`{"interfaces":[{"network":"blue","deviceInfo":{"type":"pci","version":"1.1.0","pci":{"pci-address":"0000:03:10.0"}},"mac":"52:54:00:00:00:0a"}]}`),
 			want: []Interface{blue}},
@@ -101,7 +105,7 @@ func TestInterfaces(t *testing.T) {
 		{name: "bad PCI address", vmi: one(""), pod: newPod(list(`{"name":"ns/fast","device-info":{"pci":{"pci-address":"../../etc"}}}`), ""), err: `"../../etc" is no PCI address`},
 		{name: "bad MAC", vmi: one(""), pod: newPod(list(strings.Replace(entryBlue, "52:54", "zz:54", 1)), ""), err: "is no MAC address"},
 		{name: "MAC differs", vmi: one("52:54:00:00:00:99"), pod: newPod(list(entryBlue), ""), err: "the VF has MAC 52:54:00:00:00:0a, the VMI asks for 52:54:00:00:00:99"},
-		{name: "one VF twice", vmi: two(), pod: newPod(list(entryNet2, entryNet2), ""), err: "interfaces red and blue both have VF 0000:03:10.2"},
+		{name: "one VF twice", vmi: two(), pod: newPod(list(strings.Replace(entryRed, "10.6", "10.0", 1), entryBlue), ""), err: "interfaces red and blue both have VF 0000:03:10.0"},
 		{name: "network-info disagrees on the VF", vmi: one(""), pod: newPod(list(entryBlue),
 			`{"interfaces":[{"network":"blue","deviceInfo":{"pci":{"pci-address":"0000:03:10.6"}}}]}`),
 			err: "annotation kubevirt.io/network-info, interface blue: VF 0000:03:10.6"},
@@ -166,6 +170,7 @@ func TestPodConventions(t *testing.T) {
 func FuzzInterfaces(f *testing.F) {
 	f.Add(list(entryDefault, entryBlue), `{"interfaces":[{"network":"blue","mac":"52:54:00:00:00:0a"}]}`, "")
 	f.Add(list(entryNet2, entryNet3), "", "52:54:00:00:00:0c")
+	f.Add(list(entryRed, entryBlue), "", "52:54:00:00:00:0a")
 	f.Add(`[{"name":"ns/fast","device-info":null}]`, `{"interfaces":null}`, "x")
 	f.Add("null", "null", "")
 	f.Fuzz(func(t *testing.T, status, info, mac string) {
