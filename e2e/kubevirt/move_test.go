@@ -4,8 +4,10 @@ package kubevirt
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -100,11 +102,12 @@ func refused(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	if err := stack.CreateVM(ctx, blocker, VMOptions{MACs: blockerMACs, Node: to, Paused: true}); err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	free := sync.OnceFunc(func() {
 		if err := stack.DeleteVM(context.WithoutCancel(ctx), blocker); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	t.Cleanup(free)
 	if err := stack.Kube.Until(ctx, "the VF to be taken", func(ctx context.Context) (bool, error) {
 		free, err := stack.FreeVFs(ctx, to)
 		return free == VFsPerNode-1, err
@@ -149,27 +152,15 @@ func refused(ctx context.Context, t *testing.T, g *traffic.Guest) {
 		t.Errorf("creating a VirtualMachineInstanceMigration: %v, want a refusal that names %s", err, v1alpha1.ReasonNoFreeVF)
 	}
 
-	// A drain waits, and the virtual machine stays. KubeVirt tells of it why.
-	if err := stack.Drain(ctx, from, refusedDrain); err == nil {
-		t.Error("the node was drained, with a virtual machine that cannot leave it")
-	}
-	awaitEvent(ctx, t, "VirtualMachineInstance", vm, func(e *corev1.Event) bool {
-		return e.Source.Component != "" && strings.HasPrefix(e.Message, "Error creating a Migration: ") && strings.Contains(e.Message, v1alpha1.ReasonNoFreeVF+": ")
-	})
-
 	// One that gets past the policy, as one that is made a moment too early
 	// does, ends before KubeVirt touches the virtual machine.
-	enforce(ctx, t, "Audit")
-	t.Cleanup(func() { enforce(context.WithoutCancel(ctx), t, "Deny") })
+	enforce(ctx, t, "Audit", func(err error) bool { return err == nil })
+	t.Cleanup(func() { enforce(context.WithoutCancel(ctx), t, "Deny", func(error) bool { return true }) })
 	if known, err = stack.Known(ctx); err != nil {
 		t.Fatal(err)
 	}
-	var last error
-	if err := stack.Kube.Until(ctx, "the policy to be out of force", func(ctx context.Context) (bool, error) {
-		last = stack.CreateVMIM(ctx, "refused", vm)
-		return last == nil, nil
-	}); err != nil {
-		t.Fatalf("%v: %v", err, last)
+	if err := stack.CreateVMIM(ctx, "refused", vm); err != nil {
+		t.Fatal(err)
 	}
 	if m, err = stack.AwaitVFMigration(ctx, vm, known); err != nil {
 		t.Fatal(err)
@@ -178,22 +169,54 @@ func refused(ctx context.Context, t *testing.T, g *traffic.Guest) {
 		t.Fatalf("the VFMigration of what was let through: %s", harness.Describe(m))
 	}
 	everybodyKnows(ctx, t, m, "refused")
-	if _, err := g.CheckUndisturbed(ctx); err != nil {
-		t.Error(err)
-	}
+	enforce(ctx, t, "Deny", func(err error) bool { return err != nil && strings.Contains(err.Error(), v1alpha1.ReasonNoFreeVF) })
 
+	// A drain waits, and the virtual machine stays. KubeVirt tells of it why.
+	if err := stack.Drain(ctx, from, refusedDrain); err == nil {
+		t.Error("the node was drained, with a virtual machine that cannot leave it")
+	}
+	awaitEvent(ctx, t, "VirtualMachineInstance", vm, func(e *corev1.Event) bool {
+		return strings.HasPrefix(e.Message, "Error creating a Migration: ") && strings.Contains(e.Message, v1alpha1.ReasonNoFreeVF+": ")
+	})
 	after, err := stack.PodOf(ctx, vm)
 	if err != nil || after != pod {
 		t.Errorf("the virtual machine was in pod %s, is in %s (%v)", pod, after, err)
 	}
+	if _, err := g.CheckUndisturbed(ctx); err != nil {
+		t.Error(err)
+	}
+
+	// KubeVirt has not forgotten the eviction: the virtual machine leaves as soon
+	// as it can.
+	if known, err = stack.Known(ctx); err != nil {
+		t.Fatal(err)
+	}
+	free()
+	if m, err = stack.AwaitVFMigration(ctx, vm, known); err != nil {
+		t.Fatal(err)
+	}
+	if m.Status.Phase != v1alpha1.PhaseSucceeded {
+		t.Errorf("the VFMigration of the drain: %s", harness.Describe(m))
+	}
+	if node, err := stack.NodeOf(ctx, vm); err != nil || node != to {
+		t.Errorf("the virtual machine is on node %s (%v), the drain was of %s", node, err, from)
+	}
 }
 
-// enforce has the policy that refuses migrations deny them, or only audit them.
-func enforce(ctx context.Context, t *testing.T, action string) {
+// enforce has the policy that refuses migrations deny them, or only audit them,
+// and waits until an attempt to create one ends as it is to.
+func enforce(ctx context.Context, t *testing.T, action string, is func(error) bool) {
 	t.Helper()
 	if _, err := stack.Kubectl(ctx, "", "patch", "validatingadmissionpolicybinding", "compsc-migrations", "--type=merge",
 		"-p", `{"spec":{"validationActions":["`+action+`"]}}`); err != nil {
 		t.Error(err)
+	}
+	var last error
+	if err := stack.Kube.Until(ctx, "the policy to "+action, func(ctx context.Context) (bool, error) {
+		_, last = stack.Kubectl(ctx, fmt.Sprintf(vmim, "attempt", vm), "create", "--dry-run=server", "-f", "-")
+		return is(last), nil
+	}); err != nil {
+		t.Errorf("%v: %v", err, last)
 	}
 }
 
