@@ -61,7 +61,7 @@ e2e-libvirt: artifacts compsc-demo ## Of those, run the tests that are about lib
 	@COMPSC_BINARY="$${COMPSC_BINARY:-$(CURDIR)/bin/compsc-demo}" hack/test libvirt $(TESTFLAGS)
 
 .PHONY: e2e-chart
-e2e-chart: artifacts helm build ## Install, upgrade and uninstall the Helm chart on a real API server, with its rights in force (as root).
+e2e-chart: artifacts helm previous build ## Install, upgrade and uninstall the Helm chart on a real API server, with its rights in force (as root).
 	@COMPSC_BINARY="$(CURDIR)/bin/compsc" hack/test chart $(TESTFLAGS)
 
 .PHONY: e2e-drivers
@@ -130,6 +130,10 @@ kube:
 .PHONY: helm
 helm:
 	@hack/helm/build
+
+.PHONY: previous
+previous:
+	@hack/previous/build
 
 .PHONY: kubevirt-crds
 kubevirt-crds:

@@ -26,6 +26,9 @@ type Set struct {
 	// Helm is the program, Chart the repository's chart, which Find does not
 	// look for.
 	Helm, Chart string
+	// Previous is a directory with the program compsc and the chart of the
+	// version before, which Find does not look for either.
+	Previous string
 	// Kernel and Initrd are what guests boot, of the Debian release that
 	// COMPSC_GUEST names, bookworm by default.
 	Kernel, Initrd string
@@ -52,6 +55,7 @@ func Find(compsc string) (Set, error) {
 		QEMU:         or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "libvirt")),
 		Helm:         or(os.Getenv("COMPSC_HELM"), filepath.Join(cache, "helm", "helm")),
 		Chart:        filepath.Join(root, "charts", "compsc"),
+		Previous:     or(os.Getenv("COMPSC_PREVIOUS"), filepath.Join(cache, "previous")),
 		Kernel:       filepath.Join(guest, "vmlinuz"),
 		Initrd:       filepath.Join(guest, "initramfs.gz"),
 	}

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,16 +44,20 @@ func TestInstallation(t *testing.T) {
 	if s.Compsc == "" {
 		t.Fatal("COMPSC_BINARY must name the product's binary")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	if _, err := os.Stat(s.Previous); err != nil {
+		t.Fatalf("`make e2e-chart` builds the version that is upgraded: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 13*time.Minute)
 	defer cancel()
 	w := &world{installation: newInstallation(t, s)}
 	h, err := harness.Start(ctx, harness.Options{
 		Artifacts: s,
 		Log:       slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		Progress:  func(what string) { fmt.Fprintln(os.Stderr, what) },
+		Binary:    w.binary,
 		Install: func(ctx context.Context, h *harness.Harness) (harness.Installation, error) {
 			w.h = h
-			_, err := w.helm(ctx, append([]string{"install", helm.Release, previous(t, s.Chart), "--create-namespace"}, w.values()...)...)
+			_, err := w.helm(ctx, append([]string{"install", helm.Release, filepath.Join(s.Previous, "chart"), "--create-namespace"}, w.values()...)...)
 			return w.installation, err
 		},
 	})
@@ -80,8 +83,9 @@ func TestInstallation(t *testing.T) {
 		run  func(*world, *testing.T)
 	}{
 		{"the previous version migrates", (*world).migrates},
-		{"upgrade", (*world).upgrade},
-		{"the new version migrates", (*world).migrates},
+		{"what an upgrade of the chart does", (*world).chartUpgrade},
+		{"upgrade, process by process", (*world).upgrade},
+		{"metrics", (*world).metrics},
 		{"rights of the manager", (*world).managerRights},
 		{"an agent writes for its node only", (*world).agentBoundaries},
 		{"certificates are for the own node only", (*world).certificateBoundaries},
@@ -164,52 +168,6 @@ func (w *world) moved(t *testing.T, ctx context.Context, m *v1alpha1.VFMigration
 		t.Fatalf("it failed: %s", harness.Describe(m))
 	}
 	_, err := w.vm.CheckUndisturbed(ctx)
-	check(t, err)
-}
-
-// upgrade brings the new version, as an administrator and the kubelets would.
-func (w *world) upgrade(t *testing.T) {
-	ctx := within(t, 2*time.Minute)
-	policy := &admissionregistrationv1.ValidatingAdmissionPolicy{}
-	if err := w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy); !apierrors.IsNotFound(err) {
-		t.Fatalf("the previous version has the new one's policy: %v", err)
-	}
-	node := &v1alpha1.VFNode{}
-	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: harness.NodeA}, node))
-	if node.Status.AgentVersion != "" {
-		t.Fatalf("the previous version's CRD has the new field: %q", node.Status.AgentVersion)
-	}
-	// There, back, and there again: with the values that it was installed with.
-	upgrade := []string{"upgrade", helm.Release, w.set.Chart, "--reset-then-reuse-values"}
-	_, err := w.helm(ctx, upgrade...)
-	check(t, err)
-	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy))
-	_, err = w.helm(ctx, "rollback", helm.Release, "1")
-	check(t, err)
-	if err := w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy); !apierrors.IsNotFound(err) {
-		t.Errorf("rolled back, the new version's policy is left: %v", err)
-	}
-	_, err = w.helm(ctx, upgrade...)
-	check(t, err)
-	check(t, w.h.Client().Get(ctx, client.ObjectKey{Name: "compsc-agent-writes"}, policy))
-	deployment := &appsv1.Deployment{}
-	check(t, w.h.Client().Get(ctx, client.ObjectKey{Namespace: namespace, Name: "compsc-manager"}, deployment))
-	if args := deployment.Spec.Template.Spec.Containers[0].Args; !slices.Contains(args, "--ca-overlap="+overlap.String()) {
-		t.Errorf("the values of the installation are lost: %q", args)
-	}
-	w.endManager(t, ctx)
-	check(t, w.h.StartManager())
-	for _, node := range []string{harness.NodeA, harness.NodeB} {
-		w.replaceAgent(t, ctx, node)
-	}
-	for _, name := range []string{harness.NodeA, harness.NodeB} {
-		check(t, wait.Until(ctx, "the CRD's new field in VFNode "+name, func(ctx context.Context) (bool, error) {
-			n := &v1alpha1.VFNode{}
-			err := w.h.Client().Get(ctx, client.ObjectKey{Name: name}, n)
-			return n.Status.AgentVersion != "", err
-		}))
-	}
-	_, err = w.vm.CheckUndisturbed(ctx)
 	check(t, err)
 }
 

@@ -5,9 +5,11 @@ package chart
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -40,13 +42,46 @@ type installation struct {
 	h   *harness.Harness
 	dir string
 
+	// metricsPort is the manager's.
+	metricsPort int
+
 	mu   sync.Mutex
 	pods map[string]*corev1.Pod // by what they stand for
 	n    int
+	// updated are the processes whose image is the new version's: what starts
+	// under any other name is of the version before.
+	updated map[string]bool
 }
 
 func newInstallation(t *testing.T, s artifacts.Set) *installation {
-	return &installation{set: s, dir: t.TempDir(), pods: map[string]*corev1.Pod{}}
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer l.Close()
+	return &installation{set: s, dir: t.TempDir(), pods: map[string]*corev1.Pod{}, updated: map[string]bool{},
+		metricsPort: l.Addr().(*net.TCPAddr).Port}
+}
+
+// previous is the program of the version before.
+func (i *installation) previous() string { return filepath.Join(i.set.Previous, "compsc") }
+
+// binary is the program in the image that a process is started from.
+func (i *installation) binary(process string) string {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.updated[process] {
+		return i.set.Compsc
+	}
+	return i.previous()
+}
+
+// update has the processes of these names start from the new version's image.
+func (i *installation) update(processes ...string) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, p := range processes {
+		i.updated[p] = true
+	}
 }
 
 // helm runs Helm with all rights.
@@ -63,7 +98,7 @@ func (i *installation) Manager(ctx context.Context) ([]string, error) {
 	}
 	args, err := i.start(ctx, "manager", &d.Spec.Template, harness.NodeA, metav1.NewControllerRef(d, appsv1.SchemeGroupVersion.WithKind("Deployment")))
 	// It has no network of its own here.
-	return append(args, "--metrics-bind-address=0", "--health-probe-bind-address=0"), err
+	return append(args, "--metrics-bind-address=127.0.0.1:"+strconv.Itoa(i.metricsPort), "--health-probe-bind-address=0"), err
 }
 
 // Agent implements harness.Installation.
@@ -199,29 +234,6 @@ func (i *installation) manager(t *testing.T) client.Client {
 	pod := i.pods["manager"]
 	i.mu.Unlock()
 	return i.client(t, namespace, "compsc-manager", pod)
-}
-
-// previous writes a chart as an earlier version might have been: with another
-// CRD, and without some objects.
-func previous(t *testing.T, chart string) string {
-	t.Helper()
-	dir := filepath.Join(t.TempDir(), "compsc")
-	check(t, os.CopyFS(dir, os.DirFS(chart)))
-	edit := func(file, old, new string) {
-		t.Helper()
-		path := filepath.Join(dir, file)
-		b, err := os.ReadFile(path)
-		check(t, err)
-		if strings.Count(string(b), old) != 1 {
-			t.Fatalf("%s does not hold %q once", path, old)
-		}
-		check(t, os.WriteFile(path, []byte(strings.Replace(string(b), old, new, 1)), 0o600))
-	}
-	edit("Chart.yaml", "\nversion: 0.1.0\n", "\nversion: 0.0.9\n")
-	edit("files/crd/compsc.io_vfnodes.yaml", "              agentVersion:\n", "              agentBuild:\n")
-	check(t, os.Remove(filepath.Join(dir, "templates", "admission.yaml")))
-	check(t, os.Remove(filepath.Join(dir, "templates", "networkpolicy.yaml")))
-	return dir
 }
 
 // uid makes what is not there.

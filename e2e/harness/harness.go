@@ -62,6 +62,10 @@ type Options struct {
 	// PFSettings, if set, are further settings of a node's modelled PF, such
 	// as "trust=true", for the agents that start from now on.
 	PFSettings func(node string) string
+	// Binary, if set, is asked for the product's binary when a process is
+	// started: ManagerName, AgentName of a node, or DeviceName. Without it
+	// that is the one of Artifacts.
+	Binary func(process string) string
 	// Install, if set, installs the product into the cluster, which has nothing
 	// of it. Without it the harness does, in its own way.
 	Install func(context.Context, *Harness) (Installation, error)
@@ -144,7 +148,7 @@ func Start(ctx context.Context, o Options) (_ *Harness, err error) {
 		}
 	}
 	h.StandIn, err = standin.Start(ctx, standin.Config{
-		Lab: h.Lab, REST: h.Cluster.Config, Client: h.Cluster.Client, Compsc: o.Artifacts.Compsc,
+		Lab: h.Lab, REST: h.Cluster.Config, Client: h.Cluster.Client, Compsc: func() string { return h.binary(DeviceName) },
 		QEMUTree: o.Artifacts.QEMU, Kernel: o.Artifacts.Kernel, Initrd: o.Artifacts.Initrd,
 		PodsDir: h.podsDir, DeviceArgs: o.DeviceArgs, Log: o.Log,
 	})
@@ -188,17 +192,29 @@ func (h *Harness) Client() client.Client { return h.Cluster.Client }
 // LogDir holds the logs of all processes.
 func (h *Harness) LogDir() string { return filepath.Join(h.Lab.Dir, "log") }
 
-// Names of the product's processes.
-const managerName = "manager"
+// ManagerName and DeviceName are names of the product's processes.
+const (
+	ManagerName = "manager"
+	DeviceName  = "device"
+)
 
-func agentName(node string) string { return "agent-" + node }
+// AgentName is the name of the process of the node's agent.
+func AgentName(node string) string { return "agent-" + node }
+
+// binary is the program of a process that is started now.
+func (h *Harness) binary(process string) string {
+	if h.o.Binary != nil {
+		return h.o.Binary(process)
+	}
+	return h.o.Artifacts.Compsc
+}
 
 // Manager is the manager's process, Agent that of a node's agent; nil while
 // it is stopped.
-func (h *Harness) Manager() *lab.Process { return h.process(managerName) }
+func (h *Harness) Manager() *lab.Process { return h.process(ManagerName) }
 
 // Agent is the process of the node's agent, nil while it is stopped.
-func (h *Harness) Agent(node string) *lab.Process { return h.process(agentName(node)) }
+func (h *Harness) Agent(node string) *lab.Process { return h.process(AgentName(node)) }
 
 func (h *Harness) process(name string) *lab.Process {
 	h.mu.Lock()
@@ -213,15 +229,15 @@ func (h *Harness) StartManager() error {
 		if err != nil {
 			return err
 		}
-		return h.start(managerName, nil, args...)
+		return h.start(ManagerName, nil, args...)
 	}
-	return h.start(managerName, nil,
+	return h.start(ManagerName, nil,
 		"manager", "--kubeconfig", h.Cluster.ManagerKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--leader-elect=false", "--metrics-bind-address", "0")
 }
 
 // StopManager kills the manager, as a node's failure would.
-func (h *Harness) StopManager() { h.kill(managerName) }
+func (h *Harness) StopManager() { h.kill(ManagerName) }
 
 // StartAgent starts the node's agent with a PF that has that many VFs.
 func (h *Harness) StartAgent(node string, vfs int) error {
@@ -239,9 +255,9 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 		if err != nil {
 			return err
 		}
-		return h.start(agentName(node), n.NS, append(args, "--pods-dir", h.podsDir(node), "--model-pf", pf)...)
+		return h.start(AgentName(node), n.NS, append(args, "--pods-dir", h.podsDir(node), "--model-pf", pf)...)
 	}
-	return h.start(agentName(node), n.NS,
+	return h.start(AgentName(node), n.NS,
 		"agent", "--node-name", node, "--kubeconfig", h.Cluster.AgentKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--pods-dir", h.podsDir(node), "--peer-listen", listen, "--peer-advertise", listen,
 		"--tls-cert", c.Cert, "--tls-key", c.Key, "--tls-ca", c.CA,
@@ -250,14 +266,14 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 }
 
 // StopAgent kills the node's agent, as a failure would.
-func (h *Harness) StopAgent(node string) { h.kill(agentName(node)) }
+func (h *Harness) StopAgent(node string) { h.kill(AgentName(node)) }
 
 // EndAgent asks the node's agent to end, as a kubelet does, and returns its
 // process; another one can be started once that has ended.
-func (h *Harness) EndAgent(node string) (*lab.Process, error) { return h.end(agentName(node)) }
+func (h *Harness) EndAgent(node string) (*lab.Process, error) { return h.end(AgentName(node)) }
 
 // EndManager asks the manager to end, as a kubelet does, and returns its process.
-func (h *Harness) EndManager() (*lab.Process, error) { return h.end(managerName) }
+func (h *Harness) EndManager() (*lab.Process, error) { return h.end(ManagerName) }
 
 func (h *Harness) end(name string) (*lab.Process, error) {
 	h.mu.Lock()
@@ -277,7 +293,7 @@ func (h *Harness) start(name string, ns *lab.NS, args ...string) error {
 		return fmt.Errorf("%s runs already", name)
 	}
 	p, err := h.Lab.Start(lab.Command{
-		Name: name, Path: h.o.Artifacts.Compsc, Args: args, NS: ns, Log: filepath.Join(h.LogDir(), name+".log"),
+		Name: name, Path: h.binary(name), Args: args, NS: ns, Log: filepath.Join(h.LogDir(), name+".log"),
 	})
 	if err != nil {
 		return err

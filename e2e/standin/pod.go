@@ -123,7 +123,7 @@ func (s *StandIn) startSidecar(p *pod) error {
 		}
 	}
 	x, err := s.cfg.Lab.Start(lab.Command{
-		Name: "device process of " + p.name, Path: s.cfg.Compsc, Args: args,
+		Name: "device process of " + p.name, Path: s.cfg.Compsc(), Args: args,
 		Env:    append(os.Environ(), kubevirt.EnvContainerName+"="+sidecarContainer),
 		NS:     s.cfg.Lab.Nodes[p.node].NS,
 		Mounts: []lab.Mount{{Target: "/run"}, {Source: p.sidecarDir(), Target: kubevirt.HooksDir}},

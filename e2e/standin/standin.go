@@ -43,8 +43,8 @@ type Config struct {
 	// REST and Client reach the API server with all rights; Client must not cache.
 	REST   *rest.Config
 	Client client.Client
-	// Compsc is the product's binary.
-	Compsc string
+	// Compsc returns the product's binary for a device process that starts.
+	Compsc func() string
 	// QEMUTree is a root directory with usr/bin/qemu-system-x86_64, at least
 	// version 10.1, and empty directories run, dev and pod.
 	QEMUTree string

@@ -149,7 +149,7 @@ func start(t *testing.T) *fixture {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctrl.SetLogger(logr.FromSlogHandler(log.Handler()))
 	s, err := Start(t.Context(), Config{
-		Lab: l, REST: cl.Config, Client: cl.Client, Compsc: os.Args[0],
+		Lab: l, REST: cl.Config, Client: cl.Client, Compsc: func() string { return os.Args[0] },
 		QEMUTree: set.QEMU, Kernel: set.Kernel, Initrd: set.Initrd,
 		PodsDir: func(node string) string { return filepath.Join(l.Dir, node, "pods") },
 		Log:     log,
