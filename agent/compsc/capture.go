@@ -20,6 +20,7 @@ func (v *VF) Capture(ctx context.Context) (*State, error) {
 	if v.held == nil {
 		return nil, fmt.Errorf("capture: %w", ErrNotQuiesced)
 	}
+	v.heedDoorbells()
 	control, err := v.settleMailbox(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("capture: %w", err)

@@ -115,6 +115,11 @@ func (r *ringing) Write(off, value uint32) {
 	}
 }
 
+// txQueue is the place of the first transmit queue in a state.
+func txQueue(v *VF) int {
+	return slices.IndexFunc(v.queues, func(q family.Queue) bool { return q.Direction == family.TX })
+}
+
 // A guest that runs again before its VF does loses no doorbell.
 func TestDirectDoorbellsAreHeeded(t *testing.T) {
 	for _, fixedHeads := range []bool{false, true} {
@@ -129,9 +134,16 @@ func TestDirectDoorbellsAreHeeded(t *testing.T) {
 		d.regs[igbvf.RXDCTL(0)] &^= igbvf.QueueEnable // whose head could be brought nowhere
 		d.linkDown = true
 		postDirect(d, 3)
-		capture(t, v)
+		at := capture(t, v).Queues[txQueue(v)].Tail
 		d.linkDown, d.sent = false, nil
 		postDirect(d, 2) // while the queue is off
+		s, err := v.Capture(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now := s.Queues[txQueue(v)].Tail; now != at+2 {
+			t.Errorf("captured is the doorbell at %d, it was at %d and 2 frames came since", now, at)
+		}
 		want := 5
 		if !fixedHeads { // where the queue need not work on another ring first
 			b.now = func() { postDirect(d, 4) } // while it is being turned on

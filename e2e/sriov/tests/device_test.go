@@ -36,15 +36,23 @@ type mediated struct {
 	process *exec.Cmd
 	client  *vfiouser.Client
 	events  []*os.File
+	control string // the device process's control socket
 }
 
 // mediate prepares the VF, starts a device process for it and connects to
 // that; memory is the guest's.
 func mediate(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File) *mediated {
 	t.Helper()
+	return mediateAs(t, h, vf, memory, false)
+}
+
+// mediateAs is mediate with the fast path or the complete one.
+func mediateAs(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File, fast bool) *mediated {
+	t.Helper()
 	m := &mediated{T: t, host: h, vf: vf}
 	dir := t.TempDir()
 	socket := func(name string) string { return filepath.Join(dir, filepath.Base(kubevirt.SidecarDeviceDir()), name) }
+	m.control = socket(device.ControlSocket)
 	m.process = exec.Command(filepath.Join(job.Dir, "compsc"), "device", "--sidecar", "hook-sidecar-0", "--hooks-dir", dir)
 	m.process.Stdout, m.process.Stderr = t.Output(), t.Output()
 	m.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -60,7 +68,7 @@ func mediate(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File) *mediated
 	})
 	m.must(handoff.Send(t.Context(), socket(device.HandoffSocket), handoff.Handoff{
 		Interface: iface, Slot: place, Of: 1, VF: vf.Address, PF: prepared.PF, Family: prepared.VF.Family, DeviceID: prepared.VF.DeviceID,
-		Backend: prepared.Backend, MAC: guestMAC.String(), Epoch: 1, Role: handoff.RolePrimary, VFIO: handoff.VFIO{API: prepared.API},
+		Backend: prepared.Backend, MAC: guestMAC.String(), Epoch: 1, Role: handoff.RolePrimary, VFIO: handoff.VFIO{API: prepared.API}, FastPath: fast,
 	}, prepared.Files))
 
 	m.client, err = vfiouser.Dial(t.Context(), socket(device.VFSocket(place)), nil)
