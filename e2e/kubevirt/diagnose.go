@@ -16,6 +16,7 @@ func (s *Stack) Diagnose(ctx context.Context) string {
 		"get nodes,pods -A -o wide",
 		"get vfnode,vfm,vmi,vmim -A -o wide",
 		"describe vmi,vmim,vfm -A",
+		"describe kubevirts,pods -n " + kubevirtNamespace,
 		"get events -A --sort-by=.lastTimestamp",
 		"logs -n compsc-system -l app.kubernetes.io/component=manager --prefix --tail=30",
 		"logs -n compsc-system -l app.kubernetes.io/component=agent --prefix --tail=60",

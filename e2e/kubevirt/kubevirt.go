@@ -72,6 +72,9 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	s := &Stack{o: o}
 	defer func() {
 		if err != nil {
+			if s.Kube != nil {
+				s.o.Progress("what there is after the failure:\n" + s.Diagnose(context.WithoutCancel(ctx)))
+			}
 			err = errors.Join(err, s.Close())
 		}
 	}()
