@@ -78,10 +78,10 @@ func AwaitCredentials(node string, files Files) *Credentials {
 	return &Credentials{node: node, files: files}
 }
 
-// OnRefused has f called, from any goroutine, for each connection that this side
-// refuses because the peer at the address does not prove its node, or because
-// there is nothing to prove the own node with. It must be called before the
-// credentials are used, and f must not block for long.
+// OnRefused has f called, from any goroutine, for each connection, and each call
+// on one that is open, that this side refuses because the peer at the address does
+// not prove its node, or because there is nothing to prove the own node with. It
+// must be called before the credentials are used, and f must not block for long.
 func (c *Credentials) OnRefused(f func(address string, why error)) { c.refused = f }
 
 // refuse tells of a refusal, and returns its reason.

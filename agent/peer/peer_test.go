@@ -373,6 +373,78 @@ func TestFilesAreReadAgain(t *testing.T) {
 	}
 }
 
+// TestTrustLostIsTold: a caller whose certificate ends, or loses its authority,
+// while its connection is open is told of as one that connects with it.
+func TestTrustLostIsTold(t *testing.T) {
+	for name, tt := range map[string]struct {
+		client certOption
+		lose   func(t *testing.T, dir string)
+		want   func(error) bool
+	}{
+		"it expires": {
+			// Certificates count in seconds.
+			client: func(c *x509.Certificate) { c.NotAfter = time.Now().Add(2 * time.Second) },
+			lose:   func(*testing.T, string) {},
+			want: func(err error) bool {
+				var invalid x509.CertificateInvalidError
+				return errors.As(err, &invalid) && invalid.Reason == x509.Expired
+			},
+		},
+		"its authority is dropped": {
+			client: func(*x509.Certificate) {},
+			lose: func(t *testing.T, dir string) {
+				other := newAuthority(t)
+				other.issue(t, dir, "b", other)
+			},
+			want: func(err error) bool {
+				var unknown x509.UnknownAuthorityError
+				return errors.As(err, &unknown)
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ca, dir := newAuthority(t), t.TempDir()
+			server := credentialsOf(t, "b", ca.issue(t, dir, "b", ca))
+			type refusal struct {
+				address string
+				why     error
+			}
+			refused := make(chan refusal, 1)
+			server.OnRefused(func(address string, why error) {
+				select {
+				case refused <- refusal{address, why}:
+				default:
+				}
+			})
+			auth := &recorder{}
+			addr := serve(t, server, auth, service{})
+			c := connect(t, NewClient(credentialsOf(t, "a", ca.issue(t, dir, "a", ca, tt.client))), "b", addr)
+			if _, err := c.Prepare(bounded(t), prepare()); err != nil {
+				t.Fatal(err)
+			}
+			tt.lose(t, dir)
+			ctx := bounded(t)
+			var err error
+			for err == nil && ctx.Err() == nil {
+				_, err = c.Prepare(ctx, prepare())
+			}
+			if status.Code(err) != codes.Unauthenticated {
+				t.Errorf("the call ended with %v", err)
+			}
+			select {
+			case got := <-refused:
+				host, _, err := net.SplitHostPort(got.address)
+				if err != nil || host != "127.0.0.1" || !tt.want(got.why) {
+					t.Errorf("told of %q (%v): %v", got.address, err, got.why)
+				}
+			default:
+				t.Error("nobody was told")
+			}
+		})
+	}
+}
+
 func TestCredentialsAreChecked(t *testing.T) {
 	ca := newAuthority(t)
 	for name, tt := range map[string]struct {

@@ -127,7 +127,8 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	}
 	caller, err := s.caller(ctx)
 	if err != nil {
-		return nil, status.Error(codes.Unauthenticated, err.Error())
+		// Told as a refused connection is: the caller only sees that it failed.
+		return nil, status.Error(codes.Unauthenticated, s.creds.refuse(addressOf(ctx), err).Error())
 	}
 	m := named.GetMigration()
 	if m.GetNamespace() == "" || m.GetName() == "" || m.GetUid() == "" {
@@ -146,6 +147,14 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
 	return handler(ctx, req)
+}
+
+// addressOf is where the call comes from.
+func addressOf(ctx context.Context) string {
+	if p, ok := grpcpeer.FromContext(ctx); ok && p.Addr != nil {
+		return p.Addr.String()
+	}
+	return "an unknown address"
 }
 
 func (s *Server) caller(ctx context.Context) (string, error) {
