@@ -65,7 +65,7 @@ func readObjects(t *testing.T, file string) []*unstructured.Unstructured {
 // The API server takes every manifest, and knows every field in it.
 func TestManifests(t *testing.T) {
 	strict := client.WithFieldValidation(admin, metav1.FieldValidationStrict)
-	for _, u := range manifests(t, "rbac", "manager", "agent", "samples", "kubevirt", filepath.Join("kubevirt", "plugin")) {
+	for _, u := range manifests(t, "namespace", "rbac", "admission", "manager", "agent", "samples", "kubevirt", filepath.Join("kubevirt", "plugin")) {
 		t.Run(u.GetKind()+" "+u.GetName(), func(t *testing.T) {
 			if err := strict.Apply(t.Context(), client.ApplyConfigurationFromUnstructured(u), client.DryRunAll,
 				client.FieldOwner("test"), client.ForceOwnership); err != nil {

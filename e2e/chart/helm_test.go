@@ -3,9 +3,12 @@
 package chart
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -55,6 +58,19 @@ func render(t *testing.T, s artifacts.Set, namespace string, args ...string) []*
 	out, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart, "--namespace", namespace, "--kube-version", "1.37.0"}, args...)...)
 	check(t, err)
 	return objects(t, out)
+}
+
+// kustomize returns the objects of a directory with a kustomization.
+func kustomize(t *testing.T, s artifacts.Set, dir string) []*unstructured.Unstructured {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(s.ControlPlane, "kubectl"), "kustomize", dir)
+	var say bytes.Buffer
+	cmd.Stderr = &say
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("kustomize %s: %v: %s", dir, err, say.String())
+	}
+	return objects(t, string(out))
 }
 
 // objects parses a YAML stream.
