@@ -28,8 +28,10 @@ import (
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/hook"
 	"compsc.io/compsc/agent/kubevirt/nodehook"
+	"compsc.io/compsc/agent/privilege"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/controllers"
+	"compsc.io/compsc/controllers/binding"
 	"compsc.io/compsc/controllers/kubectl"
 )
 
@@ -81,7 +83,7 @@ func rootCommand() *cobra.Command {
 		return nil
 	}
 	device := deviceCommand()
-	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand(), kubectl.Command())
+	root.AddCommand(managerCommand(), agentCommand(), device, readyCommand(), bindingCommand(), kubectl.Command())
 	if isSidecar() {
 		root.RunE = device.RunE
 	}
@@ -137,6 +139,32 @@ func managerCommand() *cobra.Command {
 	return c
 }
 
+func bindingCommand() *cobra.Command {
+	var kubeconfig string
+	o := binding.Options{}
+	c := &cobra.Command{
+		Use:   "register-binding",
+		Short: "Tell KubeVirt of the network binding (runs as a Job, if the chart is to do that)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.Image == "" {
+				return errors.New("--image is missing: the image that VMs' sidecars are to have")
+			}
+			if o.Config, err = restConfig(kubeconfig); err != nil {
+				return err
+			}
+			o.Log = slog.Default()
+			return binding.Run(cmd.Context(), o)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&kubeconfig, "kubeconfig", "", "file that reaches the API server; default: the pod's service account")
+	f.StringVar(&o.KubeVirt.Namespace, "kubevirt-namespace", "kubevirt", "namespace of the KubeVirt object")
+	f.StringVar(&o.KubeVirt.Name, "kubevirt-name", "kubevirt", "its name")
+	f.StringVar(&o.Image, "image", "", "image of the sidecar: this program's")
+	return c
+}
+
 func agentCommand() *cobra.Command {
 	var kubeconfig string
 	var backend string
@@ -148,6 +176,10 @@ func agentCommand() *cobra.Command {
 		Short: "Serve one node's VFs (runs as a DaemonSet)",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if err := privilege.Restrict(); err != nil {
+				return err
+			}
+			slog.Debug("capabilities", "kept", privilege.Names())
 			if o.Config, err = restConfig(kubeconfig); err != nil {
 				return err
 			}

@@ -222,10 +222,16 @@ func newScheme() (*runtime.Scheme, error) {
 // advertised returns the address that other agents are told.
 func advertised(advertise string, listen net.Addr) (string, error) {
 	if advertise != "" {
-		if _, _, err := net.SplitHostPort(advertise); err != nil {
+		// An IPv4 address may be in brackets too, as where the address comes from
+		// a variable that may hold either.
+		host, port, err := net.SplitHostPort(advertise)
+		if err == nil && host == "" {
+			err = fmt.Errorf("%q names no host", advertise)
+		}
+		if err != nil {
 			return "", fmt.Errorf("advertised address: %w", err)
 		}
-		return advertise, nil
+		return net.JoinHostPort(host, port), nil
 	}
 	if tcp, ok := listen.(*net.TCPAddr); ok && tcp.IP.IsUnspecified() {
 		return "", fmt.Errorf("listening at %s does not tell which address other agents can use: advertise one", listen)

@@ -5,6 +5,7 @@ package controllers
 import (
 	"context"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -166,6 +167,21 @@ func TestBlockedAgainstTheAPIServer(t *testing.T) {
 	refusedFor(t, admin, newMigration(p.ns, "vm"), "")
 }
 
+// createPod has the API server make such a pod as KubeVirt would, and keep
+// nothing of it.
+func createPod(t *testing.T, ns, label string, containers ...corev1.Container) (*corev1.Pod, error) {
+	t.Helper()
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: ns, GenerateName: "virt-launcher-", Labels: map[string]string{kubevirt.LabelApp: label}},
+		Spec:       corev1.PodSpec{Containers: append([]corev1.Container{{Name: "compute", Image: "virt-launcher"}}, containers...)},
+	}
+	return pod, admin.Create(t.Context(), pod, client.DryRunAll)
+}
+
+func sidecar(n, image string) corev1.Container {
+	return corev1.Container{Name: "hook-sidecar-" + n, Image: image}
+}
+
 // TestTargetsAreHeld looks at the pods that KubeVirt makes.
 func TestTargetsAreHeld(t *testing.T) {
 	installPolicies(t)
@@ -177,11 +193,8 @@ func TestTargetsAreHeld(t *testing.T) {
 	own := &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"own"}}},
 		PeriodSeconds: 7, TimeoutSeconds: 1, FailureThreshold: 3, SuccessThreshold: 1}
 	create := func(label string, containers ...corev1.Container) (map[string]*corev1.Probe, error) {
-		pod := &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: ns, GenerateName: "virt-launcher-", Labels: map[string]string{kubevirt.LabelApp: label}},
-			Spec:       corev1.PodSpec{Containers: append([]corev1.Container{{Name: "compute", Image: "virt-launcher"}}, containers...)},
-		}
-		if err := admin.Create(t.Context(), pod, client.DryRunAll); err != nil {
+		pod, err := createPod(t, ns, label, containers...)
+		if err != nil {
 			return nil, err
 		}
 		got := map[string]*corev1.Probe{}
@@ -192,9 +205,6 @@ func TestTargetsAreHeld(t *testing.T) {
 			}
 		}
 		return got, nil
-	}
-	sidecar := func(n, image string) corev1.Container {
-		return corev1.Container{Name: "hook-sidecar-" + n, Image: image}
 	}
 	gomega.NewWithT(t).Eventually(func() bool {
 		got, err := create(kubevirt.AppLauncher, sidecar("0", "compsc"))
@@ -225,6 +235,71 @@ func TestTargetsAreHeld(t *testing.T) {
 			}
 			if diff := cmp.Diff(tc.want, got); diff != "" {
 				t.Errorf("startup probes (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestDevicesAreConfined looks at what the pods that KubeVirt makes may do.
+func TestDevicesAreConfined(t *testing.T) {
+	installPolicies(t)
+	ns := newNamespace(t)
+	gomega.NewWithT(t).Eventually(func() bool {
+		pod, err := createPod(t, ns, kubevirt.AppLauncher, sidecar("0", "compsc"))
+		return err == nil && pod.Spec.Containers[1].SecurityContext != nil
+	}, patience, 20*time.Millisecond).Should(gomega.BeTrue())
+
+	confined := corev1.SecurityContext{
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}, ReadOnlyRootFilesystem: new(true),
+		AllowPrivilegeEscalation: new(false), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+	}
+	// KubeVirt's own, of a VM that is not root's.
+	kubevirts := corev1.SecurityContext{RunAsUser: new(int64(107)), RunAsGroup: new(int64(107)), RunAsNonRoot: new(true),
+		AllowPrivilegeEscalation: new(false), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}}
+	both := kubevirts
+	both.SeccompProfile, both.ReadOnlyRootFilesystem = confined.SeccompProfile, confined.ReadOnlyRootFilesystem
+	lax := corev1.SecurityContext{ReadOnlyRootFilesystem: new(false), AllowPrivilegeEscalation: new(true),
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeUnconfined}, Capabilities: &corev1.Capabilities{Add: []corev1.Capability{"NET_ADMIN"}}}
+	with := func(c corev1.Container, s corev1.SecurityContext) corev1.Container {
+		c.SecurityContext = s.DeepCopy()
+		return c
+	}
+	probed := sidecar("0", "compsc")
+	probed.StartupProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"own"}}}}
+	// Another policy's containers, such as those of disks, may come before.
+	var disks []corev1.Container
+	for i := range 40 {
+		disks = append(disks, corev1.Container{Name: "disk-" + string(rune('a'+i/26)) + string(rune('a'+i%26)), Image: "disk"})
+	}
+	for name, tc := range map[string]struct {
+		label      string
+		containers []corev1.Container
+		// want is of the last container; all others keep what they have.
+		want *corev1.SecurityContext
+	}{
+		"as KubeVirt makes it":  {kubevirt.AppLauncher, []corev1.Container{with(sidecar("0", "registry.example:5000/tools/compsc:v1"), kubevirts)}, &both},
+		"without any":           {kubevirt.AppLauncher, []corev1.Container{sidecar("0", "compsc")}, &confined},
+		"laxer":                 {kubevirt.AppLauncher, []corev1.Container{with(sidecar("0", "compsc"), lax)}, &confined},
+		"with a probe":          {kubevirt.AppLauncher, []corev1.Container{probed}, &confined},
+		"after another's":       {kubevirt.AppLauncher, []corev1.Container{with(sidecar("0", "passt-binding"), lax), sidecar("1", "compsc")}, &confined},
+		"after many containers": {kubevirt.AppLauncher, append(slices.Clone(disks), sidecar("0", "compsc")), &confined},
+		"another's":             {kubevirt.AppLauncher, []corev1.Container{with(sidecar("0", "not-compsc"), lax)}, &lax},
+		"no VM's":               {"virt-handler", []corev1.Container{with(sidecar("0", "compsc"), lax)}, &lax},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod, err := createPod(t, ns, tc.label, tc.containers...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := pod.Spec.Containers[1:]
+			last := len(got) - 1
+			if diff := cmp.Diff(tc.want, got[last].SecurityContext); diff != "" {
+				t.Errorf("security context (-want +got):\n%s", diff)
+			}
+			for i := range last {
+				if diff := cmp.Diff(tc.containers[i].SecurityContext, got[i].SecurityContext); diff != "" {
+					t.Errorf("container %s is not ours (-want +got):\n%s", got[i].Name, diff)
+				}
 			}
 		})
 	}

@@ -86,6 +86,7 @@ func TestInstallation(t *testing.T) {
 		{"what an upgrade of the chart does", (*world).chartUpgrade},
 		{"upgrade, process by process", (*world).upgrade},
 		{"metrics", (*world).metrics},
+		{"KubeVirt learns of the binding", (*world).binding},
 		{"rights of the manager", (*world).managerRights},
 		{"an agent writes for its node only", (*world).agentBoundaries},
 		{"certificates are for the own node only", (*world).certificateBoundaries},

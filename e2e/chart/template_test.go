@@ -4,10 +4,11 @@ package chart
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -34,17 +35,23 @@ func TestChartIsTheKustomization(t *testing.T) {
 	for _, test := range []struct {
 		dir    string
 		values []string
+		// overlay, if any, goes on top of it.
+		overlay string
 	}{
-		{"default", nil},
-		{"kubevirt", values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true")},
+		{"default", nil, ""},
+		{"kubevirt", values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true"), ""},
 		// Kubernetes has MutatingAdmissionPolicies since 1.36.
-		{"kubevirt-1.32", append(values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true"), "--kube-version", "1.34.0")},
-		{"kubevirt/plugin", values("kubevirt.plugin.enabled=true")},
+		{"kubevirt-1.32", append(values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true"), "--kube-version", "1.34.0"), ""},
+		{"kubevirt/plugin", values("kubevirt.plugin.enabled=true"), ""},
+		{"default", values("metrics.podMonitor.enabled=true", "metrics.prometheusRule.enabled=true", "metrics.dashboard.enabled=true"), "monitoring"},
+		{"default", values("certificates.authority=certManager"), "cert-manager"},
 	} {
-		t.Run(test.dir, func(t *testing.T) {
-			out, err := exec.CommandContext(t.Context(), filepath.Join(s.ControlPlane, "kubectl"), "kustomize", filepath.Join(s.Config, test.dir)).Output()
-			check(t, err)
-			want := byKey(t, objects(t, string(out)))
+		t.Run(strings.TrimSuffix(test.dir+" "+test.overlay, " "), func(t *testing.T) {
+			out := kustomize(t, s, filepath.Join(s.Config, test.dir))
+			if test.overlay != "" {
+				out = kustomize(t, s, overlay(t, filepath.Join(s.Config, test.dir), filepath.Join(s.Config, test.overlay)))
+			}
+			want := byKey(t, out)
 			chart := byKey(t, render(t, s, "compsc-system", test.values...))
 			base := byKey(t, render(t, s, "compsc-system"))
 			got := map[string]*unstructured.Unstructured{}
@@ -61,9 +68,48 @@ func TestChartIsTheKustomization(t *testing.T) {
 				}
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("config/%s (-) and the chart (+) differ:\n%s", test.dir, diff)
+				t.Errorf("config/%s (-) and the chart (+) differ:\n%s", filepath.Join(test.dir, test.overlay), diff)
 			}
 		})
+	}
+}
+
+// overlay writes a kustomization as users do, of a directory and a component.
+func overlay(t *testing.T, dir, component string) string {
+	t.Helper()
+	to, err := filepath.EvalSymlinks(t.TempDir())
+	check(t, err)
+	relative := func(path string) string {
+		r, err := filepath.Rel(to, path)
+		check(t, err)
+		return r
+	}
+	check(t, os.WriteFile(filepath.Join(to, "kustomization.yaml"), fmt.Appendf(nil,
+		"resources: [%q]\ncomponents: [%q]\n", relative(dir), relative(component)), 0o600))
+	return to
+}
+
+// TestUninstall: what is to be deleted when CompSC is uninstalled without Helm
+// runs, and holds nothing: neither the namespace, with the leases of VFs in use
+// and the agents' authority, nor a CRD.
+func TestUninstall(t *testing.T) {
+	s := set(t)
+	b, err := os.ReadFile(filepath.Join(s.Config, "..", "docs", "operating.md"))
+	check(t, err)
+	_, section, found := strings.Cut(string(b), "\n## Uninstall\n")
+	if !found {
+		t.Fatal("docs/operating.md does not say how to uninstall")
+	}
+	var deleted []string
+	for _, m := range regexp.MustCompile(`(?m)^    kubectl delete -k config/(\S+)$`).FindAllStringSubmatch(section, -1) {
+		for _, u := range kustomize(t, s, filepath.Join(s.Config, m[1])) {
+			deleted = append(deleted, keyOf(u))
+		}
+	}
+	slices.Sort(deleted)
+	want := []string{agentKey, managerKey, "NetworkPolicy compsc-system/compsc-manager", "PodDisruptionBudget compsc-system/compsc-manager"}
+	if diff := cmp.Diff(want, deleted); diff != "" {
+		t.Errorf("deleted (-want +got):\n%s", diff)
 	}
 }
 
@@ -97,98 +143,6 @@ func unfold(v any) any {
 	return v
 }
 
-// TestSwitches: each value does what it says, and nothing else.
-func TestSwitches(t *testing.T) {
-	s := set(t)
-	base := byKey(t, render(t, s, "compsc-system"))
-	for _, test := range []struct {
-		set     []string
-		adds    []string
-		removes []string
-		// changes are objects, with texts that they have now and had not.
-		changes map[string][]string
-	}{
-		{set: []string{"crds.enabled=false"}, removes: []string{
-			"CustomResourceDefinition vfmigrations.compsc.io", "CustomResourceDefinition vfnodes.compsc.io"}},
-		{set: []string{"admission.enabled=false"}, removes: []string{
-			"ValidatingAdmissionPolicy compsc-agent-writes", "ValidatingAdmissionPolicyBinding compsc-agent-writes"}},
-		{set: []string{"networkPolicy.enabled=false"}, removes: []string{"NetworkPolicy compsc-system/compsc-manager"}},
-		{set: []string{"networkPolicy.apiServerPorts={8443}"}, changes: map[string][]string{"NetworkPolicy compsc-system/compsc-manager": {`"port":8443`}}},
-		{set: []string{"networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.who=them"}, changes: map[string][]string{"NetworkPolicy compsc-system/compsc-manager": {`"who":"them"`}}},
-		{set: []string{"manager.podDisruptionBudget.enabled=false"}, removes: []string{"PodDisruptionBudget compsc-system/compsc-manager"}},
-		{set: []string{"manager.podDisruptionBudget.minAvailable=50%"}, changes: map[string][]string{"PodDisruptionBudget compsc-system/compsc-manager": {`"50%"`}}},
-		{set: []string{"metrics.podMonitor.enabled=true", "metrics.podMonitor.labels.team=net"}, adds: []string{"PodMonitor compsc-system/compsc"},
-			changes: map[string][]string{agentKey: {"--metrics-bind-address=$(HOST_IP):9444"}}},
-		{set: []string{"metrics.dashboard.enabled=true"}, adds: []string{"ConfigMap compsc-system/compsc-dashboard"}},
-		{set: []string{"metrics.prometheusRule.enabled=true"}, adds: []string{"PrometheusRule compsc-system/compsc"}},
-		{set: []string{"kubevirt.migrationPolicy.enabled=true"}, adds: []string{"MigrationPolicy compsc"}},
-		{set: []string{"kubevirt.admission.enabled=true"}, adds: []string{
-			"MutatingAdmissionPolicy compsc-hold-targets", "MutatingAdmissionPolicyBinding compsc-hold-targets",
-			"ValidatingAdmissionPolicy compsc-migrations", "ValidatingAdmissionPolicyBinding compsc-migrations"}},
-		{set: []string{"kubevirt.plugin.enabled=true"}, adds: []string{"Plugin compsc"}},
-		{set: []string{"certificates.authority=certManager"}, adds: []string{"Certificate compsc-system/compsc-ca", "Issuer compsc-system/compsc-ca"},
-			changes: map[string][]string{managerKey: {"--ca-rotate=false"}}},
-		{set: []string{"certificates.authority=certManager", "certificates.certManager.issuerRef.kind=ClusterIssuer", "certificates.certManager.issuerRef.name=corp"},
-			adds: []string{"Certificate compsc-system/compsc-ca"}, changes: map[string][]string{managerKey: {"--ca-rotate=false"}}},
-		{set: []string{"certificates.overlap=5m"}, changes: map[string][]string{managerKey: {"--ca-overlap=5m"}}},
-		{set: []string{"image.repository=r.example/c", "image.tag=v7"}, changes: map[string][]string{
-			managerKey: {`"r.example/c:v7"`}, agentKey: {`"r.example/c:v7"`}}},
-		{set: []string{"image.digest=sha256:" + strings.Repeat("ab", 32)}, changes: map[string][]string{
-			managerKey: {"compsc@sha256:abab"}, agentKey: {"compsc@sha256:abab"}}},
-		{set: []string{"image.pullPolicy=Always", "imagePullSecrets[0].name=pull"}, changes: map[string][]string{
-			managerKey: {`"Always"`, `"imagePullSecrets":[{"name":"pull"}]`}, agentKey: {`"Always"`, `"imagePullSecrets":[{"name":"pull"}]`}}},
-		{set: []string{"logLevel=debug"}, changes: map[string][]string{managerKey: {"--log-level=debug"}, agentKey: {"--log-level=debug"}}},
-		{set: []string{"manager.replicas=3"}, changes: map[string][]string{managerKey: {`"replicas":3`}}},
-		{set: []string{"manager.resources.limits.memory=1Gi", "manager.priorityClassName=high", "manager.nodeSelector.a=b", "manager.tolerations[0].key=t",
-			"manager.affinity.nodeAffinity.x=y", "manager.podAnnotations.pa=1x", "manager.podLabels.pl=2x", "manager.extraArgs={--extra}"},
-			changes: map[string][]string{managerKey: {`"1Gi"`, `"priorityClassName":"high"`, `"nodeSelector":{"a":"b"}`, `"key":"t"`, `"x":"y"`, `"pa":"1x"`, `"pl":"2x"`, `"--extra"`}}},
-		{set: []string{"agent.resources.limits.memory=1Gi", "agent.priorityClassName=high", "agent.nodeSelector.a=b", "agent.tolerations[0].key=t",
-			"agent.affinity.nodeAffinity.x=y", "agent.podAnnotations.pa=1x", "agent.podLabels.pl=2x", "agent.extraArgs={--extra}"},
-			changes: map[string][]string{agentKey: {`"1Gi"`, `"priorityClassName":"high"`, `"a":"b"`, `"key":"t"`, `"x":"y"`, `"pa":"1x"`, `"pl":"2x"`, `"--extra"`}}},
-		{set: []string{"agent.peerPort=1", "agent.metricsPort=2", "agent.healthPort=3", "agent.podsDir=/k/pods", "agent.drainTimeout=1h",
-			"agent.terminationGracePeriodSeconds=4000", "agent.updateStrategy.rollingUpdate.maxUnavailable=9"},
-			changes: map[string][]string{agentKey: {"--peer-listen=:1", "$(HOST_IP):1", "127.0.0.1:2", "127.0.0.1:3", `"port":3`, "--pods-dir=/k/pods", `"mountPath":"/k/pods"`,
-				`"path":"/k/pods"`, "--drain-timeout=1h", `"terminationGracePeriodSeconds":4000`, `"maxUnavailable":9`}}},
-	} {
-		t.Run(strings.Join(test.set, ","), func(t *testing.T) {
-			got := byKey(t, render(t, s, "compsc-system", values(test.set...)...))
-			want := slices.Collect(maps.Keys(base))
-			want = slices.DeleteFunc(want, func(k string) bool { return slices.Contains(test.removes, k) })
-			want = append(want, test.adds...)
-			slices.Sort(want)
-			if diff := cmp.Diff(want, slices.Sorted(maps.Keys(got))); diff != "" {
-				t.Errorf("objects (-want +got):\n%s", diff)
-			}
-			for k, u := range got {
-				if base[k] == nil {
-					continue
-				}
-				was, is := text(t, base[k]), text(t, u)
-				if test.changes[k] == nil && was != is {
-					t.Errorf("%s is not to change:\n%s", k, cmp.Diff(base[k], u))
-				}
-				for _, c := range test.changes[k] {
-					if strings.Contains(was, c) || !strings.Contains(is, c) {
-						t.Errorf("%s: %q was there: %v, is there: %v", k, c, strings.Contains(was, c), strings.Contains(is, c))
-					}
-				}
-			}
-		})
-	}
-}
-
-const (
-	managerKey = "Deployment compsc-system/compsc-manager"
-	agentKey   = "DaemonSet compsc-system/compsc-agent"
-)
-
-func text(t *testing.T, u *unstructured.Unstructured) string {
-	t.Helper()
-	b, err := json.Marshal(u.Object)
-	check(t, err)
-	return string(b)
-}
-
 // TestCRDsAreKept: uninstalling leaves the CRDs unless that is not wanted.
 func TestCRDsAreKept(t *testing.T) {
 	s := set(t)
@@ -216,7 +170,7 @@ func TestCRDsAreKept(t *testing.T) {
 func TestNamespace(t *testing.T) {
 	s := set(t)
 	for _, u := range render(t, s, "elsewhere", values("kubevirt.migrationPolicy.enabled=true", "kubevirt.admission.enabled=true", "kubevirt.plugin.enabled=true",
-		"metrics.podMonitor.enabled=true", "certificates.authority=certManager")...) {
+		"kubevirt.binding.enabled=true", "metrics.podMonitor.enabled=true", "metrics.prometheusRule.enabled=true", "metrics.dashboard.enabled=true", "certificates.authority=certManager")...) {
 		if strings.Contains(text(t, u), "compsc-system") && u.GetKind() != "CustomResourceDefinition" {
 			t.Errorf("%s names compsc-system", keyOf(u))
 		}
@@ -229,10 +183,30 @@ func TestNamespace(t *testing.T) {
 // TestSchema: values that mean nothing are refused.
 func TestSchema(t *testing.T) {
 	s := set(t)
-	for _, v := range []string{"replicas=3", "manager.replicas=0", "manager.replica=2", "agent.peerPort=70000", "agent.drainTimeout=soon", "logLevel=loud",
-		"certificates.authority=none", "image.digest=latest", "agent.podsDir=relative", "kubevirt.plugin=true", "networkPolicy.apiServerPorts={}"} {
+	for _, v := range []string{"replicas=3", "manager.replicas=0", "manager.podDisruptionBudget.maxUnavailable=0", "manager.replica=2", "agent.peerPort=70000", "agent.drainTimeout=soon", "logLevel=loud",
+		"certificates.authority=none", "image.digest=latest", "agent.podsDir=relative", "kubevirt.plugin=true", "kubevirt.binding.name=", "agent.modelPFs=name", "networkPolicy.apiServerPorts={}"} {
 		if _, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart}, values(v)...)...); err == nil {
 			t.Errorf("%s is taken", v)
+		}
+	}
+}
+
+// TestContradictions: values that contradict each other are refused, and it is
+// said why.
+func TestContradictions(t *testing.T) {
+	s := set(t)
+	for _, test := range []struct {
+		set  []string
+		says string
+	}{
+		{[]string{"agent.drainTimeout=21m"}, "agent.terminationGracePeriodSeconds is 1260: at least 1300 is needed for agent.drainTimeout=21m"},
+		{[]string{"agent.terminationGracePeriodSeconds=1239"}, "at least 1240 is needed for agent.drainTimeout=20m"},
+		{[]string{"agent.terminationGracePeriodSeconds=1240"}, ""},
+		{[]string{"agent.drainTimeout=1h30m0.5s", "agent.terminationGracePeriodSeconds=5440"}, ""},
+	} {
+		_, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart}, values(test.set...)...)...)
+		if test.says == "" && err != nil || test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
+			t.Errorf("%v: got %v, want %q", test.set, err, test.says)
 		}
 	}
 }
@@ -275,13 +249,32 @@ func compare(t *testing.T, path string, values, schema, definitions map[string]a
 // TestNotes: the notes say how to see that it works, for these values.
 func TestNotes(t *testing.T) {
 	s := set(t)
-	for keep, want := range map[string]string{"true": "leaves the CRDs", "false": "deletes the CRDs"} {
+	for _, test := range []struct {
+		set        string
+		says, none []string
+	}{
+		{"crds.keep=true", []string{"leaves the CRDs", `kubectl patch kubevirt kubevirt -n kubevirt`, `"sidecarImage":"r.example/c:`, "kubevirt.admission.enabled"}, []string{"agent.modelPFs"}},
+		{"crds.keep=false", []string{"deletes the CRDs"}, nil},
+		{"kubevirt.binding.name=kv", []string{"kubectl patch kubevirt kv -n kubevirt"}, nil},
+		{"kubevirt.binding.enabled=true", []string{"kubectl -n elsewhere logs -l app.kubernetes.io/component=binding"}, []string{"kubectl patch kubevirt"}},
+		{"kubevirt.admission.enabled=true", nil, []string{"kubevirt.admission.enabled"}},
+		{"agent.modelPFs={name=pf0}", []string{"agent.modelPFs"}, nil},
+	} {
 		out, err := runHelm(t, s, append([]string{"install", helm.Release, s.Chart, "--namespace", "elsewhere", "--dry-run=client"},
-			values("crds.keep="+keep, "image.repository=r.example/c")...)...)
+			values(test.set, "image.repository=r.example/c")...)...)
 		check(t, err)
-		for _, w := range []string{"kubectl -n elsewhere rollout status", "kubectl get vfnodes", `"sidecarImage":"r.example/c:`, want} {
-			if !strings.Contains(out, w) {
-				t.Errorf("crds.keep=%s: the notes do not say %q:\n%s", keep, w, out)
+		_, notes, found := strings.Cut(out, "\nNOTES:\n")
+		if !found {
+			t.Fatalf("no notes:\n%s", out)
+		}
+		for _, w := range append(test.says, "kubectl -n elsewhere rollout status", "kubectl get vfnodes") {
+			if !strings.Contains(notes, w) {
+				t.Errorf("%s: the notes do not say %q:\n%s", test.set, w, notes)
+			}
+		}
+		for _, w := range test.none {
+			if strings.Contains(notes, w) {
+				t.Errorf("%s: the notes say %q:\n%s", test.set, w, notes)
 			}
 		}
 	}

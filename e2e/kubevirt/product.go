@@ -37,7 +37,7 @@ const (
 var values = []string{
 	"--set", "image.repository=" + repository + ",image.tag=" + tag,
 	"--set", "kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
-	"--set-json", `agent.extraArgs=["--model-pf=name=pf0,vfs=2,bridge=br0"]`,
+	"--set-json", `agent.modelPFs=["name=pf0,vfs=2,bridge=br0"]`,
 }
 
 // Helm runs Helm on the product's namespace.

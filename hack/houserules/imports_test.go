@@ -34,6 +34,7 @@ var rules = []rule{
 	{"", []string{"api/...", "controllers/...", "agent/..."}}, // main
 	{"controllers", []string{"api/...", "agent/certs", "agent/kubevirt/...", "agent/protocol", "controllers/authority"}},
 	{"controllers/kubectl", []string{"api/...", "controllers", "agent/kubevirt/..."}},
+	{"controllers/binding", []string{"agent/kubevirt"}},
 	{"controllers/authority", []string{"agent/certs", "agent/spiffe"}},
 	{"agent", []string{"api/...", "agent/certs", "agent/device/controlpb", "agent/device/handoff", "agent/host", "agent/kubelet", "agent/kubevirt/...", "agent/peer/...", "agent/protocol", "agent/spiffe"}},
 	{"agent/peer/...", []string{"agent/peer/...", "agent/device/controlpb", "agent/spiffe"}},
@@ -51,6 +52,7 @@ var rules = []rule{
 	{"agent/compsc/statepb", nil},
 	{"agent/compsc/...", []string{"agent/compsc/...", "agent/family"}},
 	{"agent/family", nil},
+	{"agent/privilege", nil},
 	{"agent/protocol", nil},
 	{"agent/family/intel", []string{"agent/family"}},
 	{"agent/family/...", []string{"agent/family", "agent/family/intel"}},
