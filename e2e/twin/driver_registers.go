@@ -83,10 +83,32 @@ func (g *guest) settings() {
 // counters reads some statistics, both halves of a pair in either order, or
 // one alone.
 func (g *guest) counters() {
+	if chance(g.rng, 1, 2) {
+		g.latchedCounter()
+		return
+	}
 	for range 1 + g.rng.IntN(3) {
 		g.read(pick[uint32](g.rng, ixgbevf.VFGPRC, ixgbevf.VFGORCLSB, ixgbevf.VFGORCMSB, ixgbevf.VFMPRC,
 			ixgbevf.VFGPTC, ixgbevf.VFGOTCLSB, ixgbevf.VFGOTCMSB))
 	}
+}
+
+// latchedCounter reads the lower half of a counter, which often wraps then, and
+// the upper one some time later.
+func (g *guest) latchedCounter() {
+	low, high := uint32(ixgbevf.VFGORCLSB), uint32(ixgbevf.VFGORCMSB)
+	if chance(g.rng, 1, 2) {
+		low, high = ixgbevf.VFGOTCLSB, ixgbevf.VFGOTCMSB
+	}
+	g.read(low)
+	for range g.rng.IntN(4) {
+		if chance(g.rng, 1, 2) {
+			g.trafficIn()
+		} else {
+			g.trafficOut()
+		}
+	}
+	g.read(high)
 }
 
 // oddAccess is one that no driver would make. What starts a ring somewhere

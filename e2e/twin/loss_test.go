@@ -84,7 +84,12 @@ func losses() []Loss {
 	for i, c := range f.Counters() {
 		list = append(list, Loss{Name: "counter " + c.Name, State: func(s *compsc.State) { s.Counters[i].Value = 0 }})
 	}
-	for _, message := range []string{"API_NEGOTIATE", "SET_LPE", "SET_MAC_ADDR", "SET_MACVLAN", "SET_VLAN", "SET_MULTICAST", "UPDATE_XCAST_MODE"} {
+	list = append(list, Loss{Name: "latched halves of counters", State: func(s *compsc.State) {
+		for i := range s.Counters {
+			s.Counters[i].High = 0
+		}
+	}})
+	for _, message := range []string{"RESET", "API_NEGOTIATE", "SET_LPE", "SET_MAC_ADDR", "SET_MACVLAN", "SET_VLAN", "SET_MULTICAST", "UPDATE_XCAST_MODE"} {
 		list = append(list, Loss{Name: "mailbox " + message, Message: message})
 	}
 	tails := map[uint32]bool{}

@@ -194,7 +194,7 @@ func newFleet(r *rand.Rand) *fleet {
 	if chance(r, 1, 4) {
 		cfg.PFMaxFrame = 9014
 	}
-	cfg.VLANs, cfg.MACVLANs = 5, 3
+	cfg.VLANs, cfg.MACVLANs = 5, pick(r, 0, 3, 3, 3)
 	if chance(r, 1, 10) {
 		cfg.PFLatency = 100 * time.Microsecond
 	}

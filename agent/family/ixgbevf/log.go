@@ -71,6 +71,10 @@ type kept struct {
 	// unchecked tells that the PF granted a further MAC once, and with it
 	// stopped to check the source of what the VF sends.
 	unchecked bool
+	// tried tells that the PF refused a further MAC that it could have granted:
+	// it has stopped to check if that was for want of a filter, and not if an
+	// administrator's address forbids it. The replies are the same.
+	tried bool
 }
 
 var _ family.Log = (*Log)(nil)
@@ -122,13 +126,26 @@ func (l *Log) Completed(request, reply []uint32) {
 	switch {
 	case !l.ready:
 		return
-	case !acked && id == MsgSetLPE:
-		l.refusedFrame = new(request[1])
-		return
 	case !acked:
+		// Without CTS the PF has not even looked at it.
+		if reply[0]&MsgCTS != 0 {
+			l.refused(id, request)
+		}
 		return
 	}
 	l.acknowledged(id, request, reply)
+}
+
+// refused notes what a refusal leaves behind in the PF.
+func (l *Log) refused(id uint32, request []uint32) {
+	switch id {
+	case MsgSetLPE:
+		l.refusedFrame = new(request[1])
+	case MsgSetMACVLAN:
+		if a := intel.ReadMAC(request[1:]); request[0]>>MsgInfoShift&MsgInfoMask != 0 && *a != (mac{}) && a[0]&1 == 0 {
+			l.tried = true
+		}
+	}
 }
 
 // acknowledged applies one acknowledged message other than RESET.

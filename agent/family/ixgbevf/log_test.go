@@ -2,13 +2,18 @@ package ixgbevf
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 )
+
+var update = flag.Bool("update", false, "write the golden files anew")
 
 // did notes a message that the PF acknowledged; reply words other than word 0
 // are those of the request unless given.
@@ -26,6 +31,13 @@ func refused(l *Log, request ...uint32) {
 	answer := slices.Clone(full)
 	answer[0] |= MsgNACK | MsgCTS
 	l.Completed(full, answer)
+}
+
+// tried is full with a further MAC that the PF has no filter for.
+func tried() *Log {
+	l := full()
+	refused(l, MsgSetMACVLAN|3<<16, 2, 1)
+	return l
 }
 
 // full is the record of a guest that has used every message.
@@ -141,6 +153,21 @@ func TestRecordFollowsMessages(t *testing.T) {
 			did(l, []uint32{MsgSetMACVLAN | 2<<16, 2, 2})
 			did(l, []uint32{MsgSetMACVLAN | 1<<16, 3, 3})
 		}, []string{reset, noMAC, "SET_MACVLAN [6]", "SET_MACVLAN [10006 3 3]"}},
+		{"a macvlan refused", func(l *Log) { refused(l, MsgSetMACVLAN|1<<16, 2, 1) },
+			[]string{reset, noMAC, "SET_MACVLAN [10006]", "SET_MACVLAN [6]"}},
+		{"a macvlan refused, and another granted", func(l *Log) {
+			did(l, []uint32{MsgSetMACVLAN | 1<<16, 2, 2})
+			refused(l, MsgSetMACVLAN|2<<16, 4, 1)
+		}, []string{reset, noMAC, "SET_MACVLAN [6]", "SET_MACVLAN [10006 2 2]"}},
+		{"macvlans refused that no PF grants", func(l *Log) {
+			refused(l, MsgSetMACVLAN, 1, 1)
+			refused(l, MsgSetMACVLAN|1<<16, 0, 0)
+			refused(l, MsgSetMACVLAN|1<<16, 1, 1)
+		}, []string{reset, noMAC}},
+		{"refused without clear-to-send", func(l *Log) {
+			l.Completed([]uint32{MsgSetMACVLAN | 1<<16, 2, 1}, []uint32{MsgSetMACVLAN | 1<<16 | MsgNACK})
+			l.Completed([]uint32{MsgSetLPE, 9000}, []uint32{MsgSetLPE | MsgNACK})
+		}, []string{reset, noMAC}},
 		{"empty multicast list", func(l *Log) { did(l, []uint32{MsgSetMulticast}) }, []string{reset, noMAC, "SET_MULTICAST [3]"}},
 		{"VLAN removed that was not there", func(l *Log) { did(l, []uint32{MsgSetVLAN, 5}) }, []string{reset, noMAC}},
 		{"reply to another message", func(l *Log) {
@@ -257,7 +284,7 @@ func TestNotMigratable(t *testing.T) {
 }
 
 func TestMarshal(t *testing.T) {
-	for name, l := range map[string]*Log{"empty": {}, "full": full()} {
+	for name, l := range map[string]*Log{"empty": {}, "full": full(), "tried": tried()} {
 		b := l.Marshal()
 		got, err := New(0).RestoreLog(b)
 		if err != nil {
@@ -298,6 +325,33 @@ func TestVersion1(t *testing.T) {
 	}
 }
 
+// What each version of the encoding wrote must be read by every later release,
+// and a record that needs no more is still written in the old version.
+func TestGoldenRecords(t *testing.T) {
+	for name, want := range map[string]*Log{"record-v2.bin": full(), "record-v3.bin": tried()} {
+		path := filepath.Join("testdata", name)
+		if *update {
+			if err := os.WriteFile(path, want.Marshal(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(b, want.Marshal()) {
+			t.Errorf("%s: encoded differently today", name)
+		}
+		got, err := New(0).RestoreLog(b)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(Log{}, modeRequest{}, kept{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
 func TestMarshalIsBounded(t *testing.T) {
 	l := full()
 	for i := range uint32(2 * maxVLANs) {
@@ -328,7 +382,9 @@ func TestRestoreLogRefuses(t *testing.T) {
 		b    []byte
 		text string
 	}{
-		{"newer", []byte{3, 0}, "version 3"},
+		{"newer", []byte{4, 0}, "version 4"},
+		{"flag of version 3", []byte{2, 0, keptTried}, "flags"},
+		{"version 3 without need", []byte{3, 0, 0}, "flags"},
 		{"ready", []byte{1, 2}, "ready"},
 		{"flags", []byte{2, 0, 4}, "flags"},
 		{"VLANs out of order", with(func(l *Log) { l.vlans = []uint16{5, 5} }), "VLAN 5"},
@@ -365,13 +421,14 @@ func FuzzLog(f *testing.F) {
 func FuzzRestoreLog(f *testing.F) {
 	f.Add((&Log{}).Marshal())
 	f.Add(full().Marshal())
+	f.Add(tried().Marshal())
 	f.Add(fullV1)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		l, err := New(0).RestoreLog(b)
 		if err != nil {
 			return
 		}
-		if again := l.Marshal(); b[0] == logVersion && !bytes.Equal(again, b) {
+		if again := l.Marshal(); b[0] > 1 && !bytes.Equal(again, b) {
 			t.Errorf("%x comes back as %x", b, again)
 		}
 	})

@@ -7,9 +7,11 @@ import (
 	"compsc.io/compsc/agent/family/intel"
 )
 
-// logVersion is the version of the encoding below. Version 1 is also read: it
-// has no flags of what is kept, and ends with the operation not known.
-const logVersion = 2
+// logVersion is the newest version of the encoding below. Version 3 added
+// keptTried, and is only written for records that have it, so that a node of an
+// older release takes the others. Version 1 is also read: it has no flags of
+// what is kept, and ends with the operation not known.
+const logVersion = 3
 
 // Flags of what is kept across resets.
 const (
@@ -17,7 +19,8 @@ const (
 	keptXcast
 	keptXcastNow
 	keptUnchecked
-	keptAll = 1<<iota - 1
+	keptTried // since version 3
+	keptAll   = 1<<iota - 1
 )
 
 // Flags of the encoding: which optional parts follow.
@@ -38,7 +41,7 @@ const (
 // if it is ready everything else in fixed order, big-endian. Equal records have equal encodings, of at
 // most some 9 KiB.
 func (l *Log) Marshal() []byte {
-	b := l.marshalKept([]byte{logVersion, 0})
+	b := l.marshalKept([]byte{l.version(), 0})
 	if !l.ready {
 		return b
 	}
@@ -93,6 +96,14 @@ func (l *Log) Marshal() []byte {
 	return be.AppendUint16(b, l.unknown)
 }
 
+// version is the oldest that holds all of the record.
+func (l *Log) version() byte {
+	if l.tried {
+		return 3
+	}
+	return 2
+}
+
 // bit is b if it is set.
 func bit(set bool, b byte) byte {
 	if set {
@@ -102,7 +113,7 @@ func bit(set bool, b byte) byte {
 }
 
 func (l *Log) marshalKept(b []byte) []byte {
-	b = append(b, bit(l.mac != nil, keptMAC)|bit(l.xcast != nil, keptXcast)|bit(l.xcastNow, keptXcastNow)|bit(l.unchecked, keptUnchecked))
+	b = append(b, bit(l.mac != nil, keptMAC)|bit(l.xcast != nil, keptXcast)|bit(l.xcastNow, keptXcastNow)|bit(l.unchecked, keptUnchecked)|bit(l.tried, keptTried))
 	if l.mac != nil {
 		b = append(b, l.mac[:]...)
 	}
@@ -115,7 +126,7 @@ func (l *Log) marshalKept(b []byte) []byte {
 }
 
 // readKept reads what marshalKept wrote.
-func (l *Log) readKept(r *intel.Reader) {
+func (l *Log) readKept(r *intel.Reader, version byte) {
 	flags := r.Byte()
 	if flags&keptMAC != 0 {
 		l.mac = new(r.MAC())
@@ -124,7 +135,9 @@ func (l *Log) readKept(r *intel.Reader) {
 		l.xcast, l.xcastAPI = readMode(r), r.Word()
 	}
 	l.xcastNow, l.unchecked = flags&keptXcastNow != 0, flags&keptUnchecked != 0
-	if extra := flags &^ keptAll; extra != 0 || l.xcastNow && l.xcast == nil {
+	l.tried = flags&keptTried != 0
+	// A record without the flag is of an older version.
+	if extra := flags &^ keptAll; extra != 0 || l.tried != (version > 2) || l.xcastNow && l.xcast == nil {
 		r.Fail("flags %#x of what is kept make no sense", flags)
 	}
 }
@@ -146,7 +159,7 @@ func unmarshalLog(b []byte) (*Log, error) {
 	}
 	l := &Log{ready: head[1] == 1}
 	if head[0] > 1 {
-		l.readKept(r)
+		l.readKept(r, head[0])
 	}
 	if l.ready {
 		l.read(r, head[0])

@@ -46,7 +46,7 @@ func (l *Log) Replay() []family.Message {
 		low, high := intel.MACWords(*l.mac)
 		add("SET_MAC_ADDR", MsgSetMAC, low, high)
 	}
-	if l.unchecked && len(l.macVLANs) == 0 {
+	if l.spoofing() && len(l.macVLANs) == 0 {
 		messages = append(messages, l.replayUnchecked()...)
 	}
 	if len(l.macVLANs) > 0 {
@@ -79,7 +79,7 @@ func (l *Log) Release() []family.Message { return nil }
 // the VF.
 func (l *Log) replayKept() []family.Message {
 	mode := l.xcast != nil && !l.xcastNow
-	if !mode && (l.ready || l.mac == nil && !l.unchecked) {
+	if !mode && (l.ready || l.mac == nil && !l.spoofing()) {
 		return nil
 	}
 	var messages []family.Message
@@ -99,23 +99,33 @@ func (l *Log) replayKept() []family.Message {
 		low, high := intel.MACWords(*l.mac)
 		add("SET_MAC_ADDR", MsgSetMAC, low, high)
 	}
-	if l.unchecked {
+	if l.spoofing() {
 		messages = append(messages, l.replayUnchecked()...)
 	}
 	return append(messages, family.Message{Name: "VFCTRL.RST"})
 }
 
+// spoofing tells that the PF may no longer check the source of what the VF
+// sends.
+func (l *Log) spoofing() bool { return l.unchecked || l.tried }
+
 // replayUnchecked adds a further MAC and takes it back: what remains is that
-// the PF no longer checks the source of what the VF sends.
+// the PF no longer checks the source of what the VF sends. Where the source's
+// PF has only refused such a request, this one may as well: it does for the
+// same reason, or stops to check.
 func (l *Log) replayUnchecked() []family.Message {
 	m := mac{0x02, 0, 0, 0, 0, 1} // locally administered
 	if l.mac != nil {
 		m = *l.mac
 	}
 	low, high := intel.MACWords(m)
+	answers := acknowledges
+	if !l.unchecked {
+		answers = answered
+	}
 	add, clear := []uint32{MsgSetMACVLAN | 1<<MsgInfoShift, low, high}, []uint32{MsgSetMACVLAN, 0, 0}
 	return []family.Message{
-		{Name: "SET_MACVLAN", Words: add, Check: acknowledges(add)},
+		{Name: "SET_MACVLAN", Words: add, Check: answers(add)},
 		{Name: "SET_MACVLAN", Words: clear, Check: acknowledges(clear)},
 	}
 }
@@ -202,6 +212,14 @@ func acknowledges(request []uint32) func([]uint32) error {
 			return fmt.Errorf("the PF refuses (%#010x) what the PF of the source granted", reply[0])
 		}
 		return nil
+	}
+}
+
+// answered returns the check that a request was granted or refused.
+func answered(request []uint32) func([]uint32) error {
+	return func(reply []uint32) error {
+		_, err := intel.Verdict(request, reply)
+		return err
 	}
 }
 
