@@ -86,7 +86,7 @@ e2e-nested: qemu-tree guest sriov-node build ## Move a guest inside such a VM, w
 	@hack/test nested $(TESTFLAGS)
 
 # What make test fuzzes: what a guest or a peer can reach in the running product.
-FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc
+FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc ./agent/family/ixgbevf ./agent/family/igbvf
 
 .PHONY: test
 test: ## Run all tests: unit, fuzz, apiserver, e2e-chart, qemu, e2e-sriov.

@@ -16,6 +16,8 @@
 //
 //   - An interrupt more than the other twin had, on a vector in use, right
 //     after a move; its handler finds nothing to do (see move.go).
+//   - Such an interrupt of a relay at any time, with what it leaves in VTEICR
+//     and VTEIMS.
 //   - Frames that are in the packet buffer or on the wire during a move are
 //     lost as on a wire: none are sent to the twins then, and none while there
 //     are no descriptors for them and the queue would make them wait.
