@@ -108,7 +108,8 @@ var phases = []struct {
 var failureReasons = []string{
 	v1alpha1.ReasonVMINotFound, v1alpha1.ReasonVMINotRunning, v1alpha1.ReasonInterfaceNotFound,
 	v1alpha1.ReasonPostCopyAllowed, v1alpha1.ReasonDecentralized, v1alpha1.ReasonMigrationInProgress, v1alpha1.ReasonTargetNotFound,
-	v1alpha1.ReasonAgentUnavailable, v1alpha1.ReasonNoFreeVF, v1alpha1.ReasonVersionMismatch, v1alpha1.ReasonIncompatible, v1alpha1.ReasonPinFailed,
+	v1alpha1.ReasonAgentUnavailable, v1alpha1.ReasonNoFreeVF, v1alpha1.ReasonVersionMismatch, v1alpha1.ReasonIncompatible, v1alpha1.ReasonImmovable,
+	v1alpha1.ReasonPinFailed,
 	v1alpha1.ReasonPeerUnavailable, v1alpha1.ReasonDeviceUnavailable, v1alpha1.ReasonCaptureFailed, v1alpha1.ReasonStateRejected,
 	v1alpha1.ReasonRestoreFailed, v1alpha1.ReasonMigrationFailed, v1alpha1.ReasonTimeout, v1alpha1.ReasonAborted, v1alpha1.ReasonDeleted,
 	v1alpha1.ReasonPointOfNoReturn,

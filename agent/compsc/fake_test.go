@@ -357,8 +357,12 @@ func (d *fakeVF) answer(m []uint32) []uint32 {
 		reply[0], reply[3] = ixgbevf.MsgReset|ixgbevf.MsgNACK, d.mo
 		return reply
 	}
-	if !d.pf.cts || d.refuse[id] {
+	switch {
+	case !d.pf.cts:
 		reply[0] |= ixgbevf.MsgNACK
+		return reply
+	case d.refuse[id]: // a PF that refuses a request has still granted access
+		reply[0] |= ixgbevf.MsgNACK | ixgbevf.MsgCTS
 		return reply
 	}
 	reply[0] |= ixgbevf.MsgACK | ixgbevf.MsgCTS
@@ -386,7 +390,7 @@ func (d *fakeVF) answer(m []uint32) []uint32 {
 		}
 	case ixgbevf.MsgAPINegotiate:
 		if m[1] == ixgbevf.API20 {
-			reply[0] = id | ixgbevf.MsgNACK
+			reply[0] = id | ixgbevf.MsgNACK | ixgbevf.MsgCTS
 			return reply
 		}
 		d.pf.api = m[1]
