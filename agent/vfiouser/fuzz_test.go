@@ -44,7 +44,8 @@ func FuzzServer(f *testing.F) {
 		before := openFDs(t)
 		dev := newFakeDevice()
 		here, there := socketPair(t)
-		srv := &Server{dev: dev, log: log}
+		// Longer than a session takes that ends for another reason.
+		srv := &Server{dev: dev, log: log, greetTimeout: time.Minute, messageTimeout: time.Minute}
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
