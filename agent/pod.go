@@ -45,7 +45,7 @@ func (a *agent) reconcilePod(ctx context.Context, req ctrl.Request) (ctrl.Result
 	if !a.hasVFs(ctx, pod) {
 		// Another VM's image is none of our business.
 	} else if has, err := a.hasVFIOUser(pod); err == nil && !has {
-		a.events.Eventf(pod, nil, corev1.EventTypeWarning, v1alpha1.ReasonVFIOUserMissing, "Pin", noVFIOUser)
+		a.events.Eventf(pod, a.vfNode(), corev1.EventTypeWarning, v1alpha1.ReasonVFIOUserMissing, "Pin", noVFIOUser)
 	}
 	what := "pod " + string(pod.UID)
 	_, err = a.pin(ctx, pod, handoff.RolePrimary)
@@ -59,7 +59,7 @@ func (a *agent) reconcilePod(ctx context.Context, req ctrl.Request) (ctrl.Result
 		return ctrl.Result{RequeueAfter: w.again}, nil
 	}
 	if since := a.tries.failed(what); since > a.limits.retry {
-		a.events.Eventf(pod, nil, corev1.EventTypeWarning, v1alpha1.ReasonPinFailed, "Pin", "%s", cut(say(err), 1024))
+		a.events.Eventf(pod, a.vfNode(), corev1.EventTypeWarning, v1alpha1.ReasonPinFailed, "Pin", "%s", cut(say(err), 1024))
 	}
 	return ctrl.Result{}, err // tried again, ever more slowly
 }

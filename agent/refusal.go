@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/peer"
@@ -77,13 +78,18 @@ func refusalReason(why error) string {
 	return v1alpha1.EventPeerRefused
 }
 
+// vfNode names the node's VFNode in what an agent says of other objects: by it
+// the API server knows whose word that is.
+func (a *agent) vfNode() *v1alpha1.VFNode {
+	return &v1alpha1.VFNode{ObjectMeta: metav1.ObjectMeta{Name: a.node}}
+}
+
 // warn makes an event of the node's VFNode.
 func (a *agent) warn(ctx context.Context, reason, action, note string) {
-	n := &v1alpha1.VFNode{}
-	n.Name = a.node
+	n := a.vfNode()
 	// Without its UID the event is found by its name only.
 	if err := a.client.Get(ctx, client.ObjectKey{Name: a.node}, n); err != nil {
-		n.Name = a.node
+		n = a.vfNode()
 	}
 	a.events.Eventf(n, nil, corev1.EventTypeWarning, reason, action, "%s", cut(note, maxNote))
 }

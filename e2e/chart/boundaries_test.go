@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	kubevirtv1 "kubevirt.io/api/core/v1"
@@ -28,6 +30,7 @@ import (
 
 	"compsc.io/compsc/agent/peer"
 	"compsc.io/compsc/agent/peer/peerpb"
+	"compsc.io/compsc/agent/privilege"
 	"compsc.io/compsc/agent/spiffe"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
@@ -124,6 +127,27 @@ func (w *world) agentBoundaries(t *testing.T) {
 	forbidden(t, "change the target", touchStatus(t, a, own, `{"status":{"target":{"nodeName":"c"}}}`), "may not change which nodes")
 	forbidden(t, "change the source's pod", touchStatus(t, a, own, `{"status":{"source":{"podName":"other"}}}`), "may not change which nodes")
 	forbidden(t, "take the target away", touchStatus(t, a, own, `{"status":{"target":null}}`), "may not change which nodes")
+	for what, patch := range map[string]string{
+		"say that it is over":           `{"status":{"conditions":[{"type":"Succeeded","status":"True","reason":"Succeeded","message":"","lastTransitionTime":"2026-01-01T00:00:00Z"}]}}`,
+		"say what the target is to say": `{"status":{"conditions":[{"type":"Verified","status":"True","reason":"Verified","message":"","lastTransitionTime":"2026-01-01T00:00:00Z"}]}}`,
+		"take the end back":             `{"status":{"conditions":null}}`,
+	} {
+		forbidden(t, what, touchStatus(t, a, own, patch), "the agent of node a may write Prepared, Captured, RolledBack only")
+	}
+	captured := own.DeepCopy()
+	captured.Status.Conditions = append(captured.Status.Conditions, metav1.Condition{
+		Type: v1alpha1.ConditionCaptured, Status: metav1.ConditionTrue, Reason: v1alpha1.ConditionCaptured, LastTransitionTime: metav1.Now()})
+	check(t, a.Status().Update(ctx, captured, client.DryRunAll))
+	for what, patch := range map[string]string{
+		"undo it":                       `{"status":{"failure":{"reason":"Aborted","message":"because","time":"2026-01-01T00:00:00Z"}}}`,
+		"end it":                        `{"status":{"completionTime":"2026-01-01T00:00:00Z"}}`,
+		"say its phase":                 `{"status":{"phase":"Succeeded"}}`,
+		"say when it began":             `{"status":{"startTime":"2026-01-01T00:00:00Z"}}`,
+		"give it a migration":           `{"status":{"migrationRef":{"name":"x","uid":"y"}}}`,
+		"say which spec was considered": `{"status":{"observedGeneration":7}}`,
+	} {
+		forbidden(t, what, touchStatus(t, a, own, patch), "an agent may not say when a VFMigration began or ended")
+	}
 	forbidden(t, "write a migration's spec", a.Patch(ctx, own, client.RawPatch("application/merge-patch+json", []byte(`{"spec":{"abort":true}}`)), client.DryRunAll), "vfmigrations")
 
 	lease := func(name, node string) *coordinationv1.Lease {
@@ -140,6 +164,9 @@ func (w *world) agentBoundaries(t *testing.T) {
 	check(t, a.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.AgentLeaseName(harness.NodeB)}, theirs))
 	forbidden(t, "another agent's lease", a.Update(ctx, theirs, client.DryRunAll), "Lease agent-b is not one of node a's")
 
+	w.eventBoundaries(t, a)
+	w.capabilities(t)
+
 	forbidden(t, "the authority's key", a.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.AuthoritySecret}, &corev1.Secret{}), "secrets")
 	forbidden(t, "change who is trusted", a.Patch(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: v1alpha1.TrustConfigMap}},
 		client.RawPatch("application/merge-patch+json", []byte(`{"data":{}}`)), client.DryRunAll), "configmaps")
@@ -148,6 +175,69 @@ func (w *world) agentBoundaries(t *testing.T) {
 	for _, m := range []string{"from-a", "to-a", "foreign", "own"} {
 		check(t, w.h.Client().Delete(ctx, harness.NewMigration(m, "")))
 	}
+}
+
+// capabilities: of what a privileged container has, the agents have given up what
+// they do not need, and still do their work here.
+func (w *world) capabilities(t *testing.T) {
+	var want uint64
+	for _, c := range privilege.Kept {
+		want |= 1 << c.Number
+	}
+	for node := range w.h.Lab.Nodes {
+		b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(w.h.Agent(node).PID()), "status"))
+		check(t, err)
+		for _, name := range []string{"CapEff", "CapPrm", "CapBnd"} {
+			_, value, found := strings.Cut(string(b), name+":\t")
+			value, _, _ = strings.Cut(value, "\n")
+			if got, err := strconv.ParseUint(value, 16, 64); !found || err != nil || got != want {
+				t.Errorf("node %s's agent has %s %s (%v), want %016x: %s", node, name, value, err, want, privilege.Names())
+			}
+		}
+	}
+}
+
+// eventBoundaries: what agent a says of other objects is known to be its word.
+func (w *world) eventBoundaries(t *testing.T, a client.Client) {
+	ctx := within(t, time.Minute)
+	node := func(name string) *corev1.ObjectReference {
+		return &corev1.ObjectReference{APIVersion: v1alpha1.GroupVersion.String(), Kind: "VFNode", Name: name}
+	}
+	pod := func(name string) *corev1.ObjectReference {
+		return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: harness.Namespace, Name: name}
+	}
+	event := func(name string, regarding, related *corev1.ObjectReference) *eventsv1.Event {
+		e := &eventsv1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: regarding.Namespace, Name: name}, EventTime: metav1.NowMicro(),
+			ReportingController: "compsc-agent", ReportingInstance: "compsc-agent-x", Type: corev1.EventTypeWarning, Reason: "Test", Action: "Test", Note: "a test",
+			Regarding: *regarding, Related: related}
+		if e.Namespace == "" {
+			e.Namespace = metav1.NamespaceDefault
+		}
+		return e
+	}
+	check(t, a.Create(ctx, event("own", node("a"), nil), client.DryRunAll))
+	check(t, a.Create(ctx, event("pod", pod("virt-launcher-vm-x"), node("a")), client.DryRunAll))
+	posing := event("posing", node("a"), nil)
+	posing.ReportingController = "kubelet"
+	for what, e := range map[string]*eventsv1.Event{
+		"another node":              event("e", node("b"), nil),
+		"another node, as the own":  event("e", node("b"), node("a")),
+		"a VM's pod, nobody's word": event("e", pod("virt-launcher-vm-x"), nil),
+		"a VM's pod, as another":    event("e", pod("virt-launcher-vm-x"), node("b")),
+		"another pod":               event("e", pod("coredns"), node("a")),
+		"a VFMigration": event("e", &corev1.ObjectReference{APIVersion: v1alpha1.GroupVersion.String(), Kind: "VFMigration",
+			Namespace: harness.Namespace, Name: "m"}, node("a")),
+		"as the kubelet": posing,
+	} {
+		forbidden(t, "event: "+what, a.Create(ctx, e, client.DryRunAll), "must be of the agent of node a, and about its VFNode")
+	}
+	theirs := event("theirs", node("b"), nil)
+	check(t, w.h.Client().Create(ctx, theirs))
+	forbidden(t, "another agent's event", a.Patch(ctx, theirs.DeepCopy(), client.RawPatch("application/merge-patch+json",
+		[]byte(`{"series":{"count":2,"lastObservedTime":"2026-01-01T00:00:00.000000Z"}}`)), client.DryRunAll), "must be of the agent of node a")
+	check(t, w.h.Client().Delete(ctx, theirs))
+	forbidden(t, "an event of the core group", a.Create(ctx, &corev1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, Name: "core"},
+		InvolvedObject: *node("a")}, client.DryRunAll), "events")
 }
 
 // ask asks for a certificate as c, and waits for the answer.
