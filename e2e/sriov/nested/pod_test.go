@@ -68,12 +68,6 @@ type pod struct {
 // startPod has a device process mediate the VF.
 func (r *rig) startPod(name, role, vf string, epoch uint64) *pod {
 	r.Helper()
-	return r.startPodWith(name, role, vf, epoch, false)
-}
-
-// startPodWith is startPod with the fast path or the complete one.
-func (r *rig) startPodWith(name, role, vf string, epoch uint64, fast bool) *pod {
-	r.Helper()
 	p := &pod{rig: r, name: name, vf: vf, hooks: filepath.Join(r.lab.Dir, name, "h"), domain: filepath.Join(r.lab.Dir, name, "d")}
 	p.events.news = make(chan struct{})
 	for _, dir := range []string{p.hooks, p.domain} {
@@ -95,7 +89,7 @@ func (r *rig) startPodWith(name, role, vf string, epoch uint64, fast bool) *pod 
 	r.must(handoff.Send(r.ctx, p.socket(device.HandoffSocket), handoff.Handoff{
 		Interface: iface, Slot: slot, Of: 1, VF: vf, PF: prepared.PF, Family: prepared.VF.Family, DeviceID: prepared.VF.DeviceID,
 		Backend: prepared.Backend, MAC: guestMAC, VLAN: prepared.VLAN, Trust: prepared.Trust, Epoch: epoch, Role: role,
-		VFIO: handoff.VFIO{API: prepared.API}, FastPath: fast,
+		VFIO: handoff.VFIO{API: prepared.API},
 	}, prepared.Files))
 	conn, err := grpc.NewClient("unix:"+p.socket(device.ControlSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	r.must(err)

@@ -148,8 +148,8 @@ func (c Config) arguments(dir string) []string {
 		"-device", "intel-iommu,intremap=on,caching-mode=off",
 		"-kernel", dir + "/vmlinuz", "-initrd", dir + "/initrd",
 		"-append", "console=ttyS0 panic=-1 nokaslr mitigations=off intel_iommu=on log_buf_len=4M " +
-			// What costs time and tests nothing here, or fails on a busy machine.
-			"no_timer_check cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1",
+			// What costs time and tests nothing here.
+			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1",
 		"-serial", "file:" + dir + "/console",
 		"-device", "virtio-serial-pci",
 		"-add-fd", "fd=3,set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on", "-device", "virtserialport,chardev=output,name=" + job.OutputPort,

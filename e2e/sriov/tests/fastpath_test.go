@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"compsc.io/compsc/agent/compsc"
 	pb "compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/family/igbvf"
 	"compsc.io/compsc/agent/host"
@@ -188,11 +187,4 @@ func measureDoorbells(b *mapped) {
 	posted := median(func() { b.must(b.client.PostRegionWrite(vfiouser.RegionBAR0, uint64(igbvf.TDT(0)), raw)) })
 	answered := median(func() { b.must(b.client.RegionWrite(b.Context(), vfiouser.RegionBAR0, uint64(igbvf.TDT(0)), raw)) })
 	b.Logf("a doorbell takes the guest, median of %d: %v mapped, %v by a posted message, %v by one that is answered", rounds, past, posted, answered)
-}
-
-// TestFastPathMove: the engine sees nothing of the guest's rings, and moves them
-// with unsent frames and heads in their middle to a VF of the other card.
-func TestFastPathMove(t *testing.T) {
-	r := newRigWith(t, true)
-	r.must(r.move(vfs[1][0], func(*compsc.State) {}))
 }

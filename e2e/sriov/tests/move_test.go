@@ -46,16 +46,11 @@ type rig struct {
 	mem         ram
 	source      *slot
 	guest, peer *driver.NIC
-	// fast tells that the guest reaches its rings past the engine.
-	fast bool
 }
 
-func newRig(t *testing.T) *rig { return newRigWith(t, false) }
-
-// newRigWith is newRig with the fast path or the complete one.
-func newRigWith(t *testing.T, fast bool) *rig {
-	r := &rig{T: t, mem: newRAM(t), fast: fast}
-	r.source = plugWith(t, vfs[0][0], r.mem, igbvf.New(), fast)
+func newRig(t *testing.T) *rig {
+	r := &rig{T: t, mem: newRAM(t)}
+	r.source = plug(t, vfs[0][0], r.mem)
 	r.peer = newPeer(t)
 	r.guest = driver.New(nil, r.mem, base)
 	return r
@@ -200,7 +195,7 @@ func (r *rig) move(to card.VF, leaveOut func(*compsc.State)) error {
 	moved, err := compsc.Decode(encoded)
 	r.must(err)
 	leaveOut(moved)
-	target := plugWith(r.T, to, r.mem, igbvf.New(), r.fast)
+	target := plug(r.T, to, r.mem)
 	caps, err := target.Probe(r.Context())
 	r.must(err)
 	r.must(target.Check(moved, caps))

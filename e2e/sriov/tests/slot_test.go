@@ -69,8 +69,6 @@ type slot struct {
 	*compsc.VF
 	device *vfio.Device
 	events []int // eventfds of the vectors
-	// pages are those that the guest reaches past the engine.
-	pages []uint32
 }
 
 // plug takes a VF into use that reaches the guest's memory.
@@ -82,12 +80,6 @@ func plug(t *testing.T, vf card.VF, mem ram) *slot {
 // plugAs does so with the engine of a family.
 func plugAs(t *testing.T, vf card.VF, mem ram, f family.Family) *slot {
 	t.Helper()
-	return plugWith(t, vf, mem, f, false)
-}
-
-// plugWith does so with the fast path or the complete one.
-func plugWith(t *testing.T, vf card.VF, mem ram, f family.Family, fast bool) *slot {
-	t.Helper()
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -97,21 +89,20 @@ func plugWith(t *testing.T, vf card.VF, mem ram, f family.Family, fast bool) *sl
 	if name, err := vf.Driver(); err != nil || name == "" {
 		must(errors.Join(err, vf.Bind()))
 	}
-	api, files, err := vf.Open()
+	group, err := vf.Group()
 	must(err)
-	device, err := vfio.Use(api, files)
+	files, err := vfio.OpenGroup(group, vf.Address)
+	must(err)
+	device, err := vfio.Use(vfio.Group, files)
 	must(err)
 	t.Cleanup(func() { must(device.Close()) })
 	must(device.Map(base, mem, true, true))
 	scratch, err := device.NewScratch(4 * 68 << 10)
 	must(err)
 	s := &slot{device: device, VF: compsc.New(f, device, compsc.Options{
-		VendorID: igbvf.VendorID, DeviceID: igbvf.DeviceID, Memory: mem, Scratch: scratch, Direct: fast,
+		VendorID: igbvf.VendorID, DeviceID: igbvf.DeviceID, Memory: mem, Scratch: scratch,
 		// The PF's driver runs on an emulated processor.
 		QueueTimeout: slow, MailboxTimeout: slow, ResetTimeout: slow})}
-	if fast {
-		s.pages = family.DoorbellPages(f)
-	}
 	for vector := range device.Vectors() {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 		must(err)
@@ -123,21 +114,10 @@ func plugWith(t *testing.T, vf card.VF, mem ram, f family.Family, fast bool) *sl
 }
 
 // Read is a read of a register by the guest.
-func (s *slot) Read(off uint32) uint32 {
-	if family.OnPages(s.pages, off) {
-		return s.device.Read(off)
-	}
-	return s.GuestRead(off)
-}
+func (s *slot) Read(off uint32) uint32 { return s.GuestRead(off) }
 
 // Write is a write to a register by the guest.
-func (s *slot) Write(off, v uint32) {
-	if family.OnPages(s.pages, off) {
-		s.device.Write(off, v)
-	} else {
-		s.GuestWrite(off, v)
-	}
-}
+func (s *slot) Write(off, v uint32) { s.GuestWrite(off, v) }
 
 // awaitFired waits until the vector has fired.
 func (s *slot) awaitFired(vector int, patience time.Duration) error {
