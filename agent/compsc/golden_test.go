@@ -10,25 +10,15 @@ import (
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
 
-// The whole state of a booted VF, with a record of all that its driver asked
-// for, as this and every later release must read it: a driver that relies on a
-// context, is between the halves of a counter, and was refused a filter.
-func TestGoldenState(t *testing.T) {
-	source, target := newFake(), usedTarget()
-	v, w := newMemoryVF(source), newMemoryVF(target)
-	for i, d := range [][]byte{contextDescriptor(1, 1), dataDescriptor(1), dataDescriptor(1)} {
-		_ = source.mem.WriteAt(txBase+16*uint64(17+i), d)
-	}
-	boot(t, v, source)
-	source.refuse[ixgbevf.MsgSetMACVLAN] = true
-	send(t, v, ixgbevf.MsgSetMACVLAN|2<<16, 0x33221156, 0x5544)
-	source.regs[ixgbevf.VFGORCMSB] = 3
-	v.GuestRead(ixgbevf.VFGORCLSB)
+// golden captures a VF's state, which must be what the file in testdata has, and
+// returns what that decodes to.
+func golden(t *testing.T, v *VF, name string) *State {
+	t.Helper()
 	encoded, err := capture(t, v).Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join("testdata", "state-ixgbevf-v3.bin")
+	path := filepath.Join("testdata", name)
 	if *update {
 		if err := os.WriteFile(path, encoded, 0o644); err != nil {
 			t.Fatal(err)
@@ -45,6 +35,24 @@ func TestGoldenState(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s
+}
+
+// The whole state of a booted VF, with a record of all that its driver asked
+// for, as this and every later release must read it: a driver that relies on a
+// context, is between the halves of a counter, and was refused a filter.
+func TestGoldenState(t *testing.T) {
+	source, target := newFake(), usedTarget()
+	v, w := newMemoryVF(source), newMemoryVF(target)
+	for i, d := range [][]byte{contextDescriptor(1, 1), dataDescriptor(1), dataDescriptor(1)} {
+		_ = source.mem.WriteAt(txBase+16*uint64(17+i), d)
+	}
+	boot(t, v, source)
+	source.refuse[ixgbevf.MsgSetMACVLAN] = true
+	send(t, v, ixgbevf.MsgSetMACVLAN|2<<16, 0x33221156, 0x5544)
+	source.regs[ixgbevf.VFGORCMSB] = 3
+	v.GuestRead(ixgbevf.VFGORCLSB)
+	s := golden(t, v, "state-ixgbevf-v3.bin")
 	if _, err := w.Restore(context.Background(), s); err != nil {
 		t.Fatal(err)
 	}
