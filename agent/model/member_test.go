@@ -50,7 +50,7 @@ func TestOwnRSS(t *testing.T) {
 	for n := range ixgbevf.RSSKeyWords {
 		d.v.Write(ixgbevf.VFRSSRK(n), le.Uint32(rssKey[4*n:]))
 	}
-	hash, _ := parse(f).rss(f, &rssKey)
+	hash, _ := parse(f).rss(f, &rssKey, pfHashes)
 	entry := hash % 64
 	for n := range ixgbevf.RSSTableWords {
 		d.v.Write(ixgbevf.VFRETA(n), 0)
@@ -59,7 +59,11 @@ func TestOwnRSS(t *testing.T) {
 	if q := queueOf(); q != 0 {
 		t.Errorf("queue %d before RSS is on", q)
 	}
-	d.v.Write(ixgbevf.VFMRQC, ixgbevf.MRQCEnable)
+	d.v.Write(ixgbevf.VFMRQC, ixgbevf.MRQCEnable|hashIPv4|hashTCPv6)
+	if q := queueOf(); q != 0 {
+		t.Errorf("queue %d, want 0 while ports are not hashed", q)
+	}
+	d.v.Write(ixgbevf.VFMRQC, ixgbevf.MRQCEnable|pfHashes)
 	if q := queueOf(); q != 1 {
 		t.Errorf("queue %d, want 1 as the table says", q)
 	}

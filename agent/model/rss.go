@@ -12,6 +12,20 @@ const (
 	rssIPv4  = 2
 	rssTCPv6 = 3
 	rssIPv6  = 5
+	rssUDPv4 = 7
+	rssUDPv6 = 8
+)
+
+// What is hashed, in VFMRQC and the PF's MRQC.
+const (
+	hashTCPv4 = 1 << 16
+	hashIPv4  = 1 << 17
+	hashIPv6  = 1 << 20
+	hashTCPv6 = 1 << 21
+	hashUDPv4 = 1 << 22
+	hashUDPv6 = 1 << 23
+	// pfHashes is what the Linux PF driver hashes by default: no UDP ports.
+	pfHashes = hashTCPv4 | hashIPv4 | hashIPv6 | hashTCPv6
 )
 
 // retaEntries is the size of the PF's redirection table. Entry i leads to
@@ -27,27 +41,39 @@ var rssKey = [40]byte{
 	0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
 }
 
-// rss returns a frame's hash and its type, 0 for frames that have none. UDP
-// ports are left out, as the Linux PF driver does by default.
-func (h headers) rss(f []byte, key *[40]byte) (hash, kind uint32) {
+// rssType tells what of a frame is hashed, given the fields of MRQC; 0 for
+// nothing.
+func (h headers) rssType(fields uint32) (kind uint32, ports bool) {
 	if h.ip == 0 {
+		return 0, false
+	}
+	types := []struct {
+		field, kind uint32
+		proto       byte
+	}{{hashTCPv4, rssTCPv4, protoTCP}, {hashUDPv4, rssUDPv4, protoUDP}, {hashIPv4, rssIPv4, 0}}
+	if h.v6 {
+		types[0].field, types[0].kind = hashTCPv6, rssTCPv6
+		types[1].field, types[1].kind = hashUDPv6, rssUDPv6
+		types[2].field, types[2].kind = hashIPv6, rssIPv6
+	}
+	for _, t := range types {
+		if fields&t.field != 0 && (t.proto == 0 || t.proto == h.proto) {
+			return t.kind, t.proto != 0
+		}
+	}
+	return 0, false
+}
+
+// rss returns a frame's hash and its type, 0 for frames that have none.
+func (h headers) rss(f []byte, key *[40]byte, fields uint32) (hash, kind uint32) {
+	kind, ports := h.rssType(fields)
+	if kind == 0 {
 		return 0, 0
 	}
 	src, dst := h.addresses(f)
 	in := append(append(make([]byte, 0, 36), src...), dst...)
-	tcp := h.proto == protoTCP
-	if tcp {
+	if ports {
 		in = append(in, f[h.l4:h.l4+4]...)
-	}
-	switch {
-	case h.v6 && tcp:
-		kind = rssTCPv6
-	case h.v6:
-		kind = rssIPv6
-	case tcp:
-		kind = rssTCPv4
-	default:
-		kind = rssIPv4
 	}
 	return toeplitz(in, key), kind
 }
@@ -79,7 +105,7 @@ func (v *VF) ownRSS(h headers, f []byte) (queue int, hash, kind uint32, on bool)
 	for n := range ixgbevf.RSSKeyWords {
 		binary.LittleEndian.PutUint32(key[4*n:], v.regs[ixgbevf.VFRSSRK(n)/4])
 	}
-	hash, kind = h.rss(f, &key)
+	hash, kind = h.rss(f, &key, fields)
 	if kind == 0 {
 		return 0, 0, 0, true
 	}

@@ -144,7 +144,7 @@ func (v *VF) selectQueue(f *rxFrame, h headers) int {
 	if queues == 1 || len(v.rx) < queues {
 		return 0
 	}
-	hash, kind := h.rss(f.data, &rssKey)
+	hash, kind := h.rss(f.data, &rssKey, pfHashes)
 	if kind == 0 {
 		return 0
 	}

@@ -312,12 +312,19 @@ func TestRSS(t *testing.T) {
 	be.PutUint16(f[24:], 0)
 	be.PutUint16(f[24:], ^sum(0, f[14:34]))
 	h := parse(f)
-	if hash, kind := h.rss(f, &rssKey); hash != 0x51ccc178 || kind != rssTCPv4 {
+	if hash, kind := h.rss(f, &rssKey, pfHashes); hash != 0x51ccc178 || kind != rssTCPv4 {
 		t.Errorf("TCP: hash %#x type %d, want 0x51ccc178 type %d", hash, kind, rssTCPv4)
 	}
 	h.proto = 0
-	if hash, kind := h.rss(f, &rssKey); hash != 0x323e8fc2 || kind != rssIPv4 {
+	if hash, kind := h.rss(f, &rssKey, pfHashes); hash != 0x323e8fc2 || kind != rssIPv4 {
 		t.Errorf("IP: hash %#x type %d, want 0x323e8fc2 type %d", hash, kind, rssIPv4)
+	}
+	h.proto = protoUDP
+	if hash, kind := h.rss(f, &rssKey, pfHashes|hashUDPv4); hash != 0x51ccc178 || kind != rssUDPv4 {
+		t.Errorf("UDP: hash %#x type %d, want that of TCP, type %d", hash, kind, rssUDPv4)
+	}
+	if hash, kind := h.rss(f, &rssKey, hashTCPv4|hashUDPv6|hashIPv6); hash != 0 || kind != 0 {
+		t.Errorf("nothing to hash: hash %#x type %d", hash, kind)
 	}
 
 	d := newDriver(t, nil)

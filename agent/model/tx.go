@@ -73,6 +73,8 @@ type batch struct {
 type report struct {
 	addr   uint64
 	legacy bool
+	// head is the position after it.
+	head uint32
 }
 
 // writeBack is a write to the guest's memory.
@@ -164,7 +166,8 @@ func (v *VF) finish(b *batch, epoch uint64) {
 }
 
 // report tells the guest about finished descriptors: by their DD bits, or by
-// the head if it asked for that.
+// the head after the last of them if it asked for that. How far the batch went
+// beyond does not show, for no guest can rely on it.
 func (v *VF) report(b *batch) {
 	if len(b.report) == 0 {
 		return
@@ -173,7 +176,7 @@ func (v *VF) report(b *batch) {
 	low := v.regs[ixgbevf.VFTDWBAL(b.queue)/4]
 	if low&ixgbevf.TDWBALEnable != 0 {
 		high := uint64(v.regs[ixgbevf.VFTDWBAH(b.queue)/4])
-		head := binary.LittleEndian.AppendUint32(nil, b.head)
+		head := binary.LittleEndian.AppendUint32(nil, b.report[len(b.report)-1].head)
 		queue.owed = append(queue.owed, writeBack{high<<32 | uint64(low&^3), head})
 	} else {
 		for _, r := range b.report {
@@ -231,7 +234,7 @@ func (v *VF) fetch(q int) *batch {
 		}
 		v.retryDelay = 0
 		if d.command()&txRS != 0 {
-			b.report = append(b.report, report{r.at(taken), d.command()&txDEXT == 0})
+			b.report = append(b.report, report{r.at(taken), d.command()&txDEXT == 0, r.after(taken + 1)})
 		}
 		taken++
 		octets += n

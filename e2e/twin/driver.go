@@ -1,47 +1,8 @@
 package twin
 
 import (
-	"fmt"
-	"math/rand/v2"
-
 	"compsc.io/compsc/agent/family/ixgbevf"
 )
-
-const (
-	descriptorSize = 16
-	// maxRing is the longest ring that fits its place in memory.
-	maxRing = 512
-)
-
-// Layout of the guest's memory. What a frame's length takes past the end of
-// the receive buffers wraps into the unused beginning.
-const (
-	atRings   = 0x08000
-	ringStep  = maxRing * descriptorSize
-	atHeadWB  = 0x18000
-	atTX      = 0x20000
-	txRoom    = 0x10000
-	atRX      = 0x30000
-	rxRoom    = 0x10000
-	endOfRing = atRings + 4*ringStep
-)
-
-func region(addr uint64) string {
-	switch {
-	case addr < atRings:
-		return "nothing's"
-	case addr < endOfRing:
-		i := (addr - atRings) / ringStep
-		return fmt.Sprintf("%s ring %d, descriptor %d", [2]string{"receive", "transmit"}[i%2], i/2, (addr-atRings)%ringStep/descriptorSize)
-	case addr >= atHeadWB && addr < atHeadWB+0x100:
-		return "head write-back"
-	case addr >= atTX && addr < atTX+txRoom:
-		return "transmit buffers"
-	case addr >= atRX:
-		return "receive buffers"
-	}
-	return "nothing's"
-}
 
 // ring is what the driver knows of one of its rings.
 type ring struct {
@@ -76,18 +37,6 @@ func (d *driver) init(queuePairs int) {
 	*d = driver{rx: make([]ring, queuePairs), tx: make([]ring, queuePairs), maxFrame: 1518}
 }
 
-func rxRing(q int) uint64 { return atRings + uint64(2*q)*ringStep }
-func txRing(q int) uint64 { return atRings + uint64(2*q+1)*ringStep }
-
-// ringSize is a number of descriptors: any multiple of 8, often a short one,
-// so that positions wrap.
-func ringSize(r *rand.Rand) uint32 {
-	if chance(r, 1, 4) {
-		return uint32(8 * (1 + r.IntN(maxRing/8)))
-	}
-	return uint32(8 * (1 + r.IntN(6)))
-}
-
 // operations are what the guest does, by weight.
 var operations = []struct {
 	weight int
@@ -105,6 +54,7 @@ var operations = []struct {
 	{25, "traffic in", (*guest).trafficIn},
 	{15, "streams in", (*guest).streamsIn},
 	{25, "traffic out", (*guest).trafficOut},
+	{8, "burst", (*guest).burst},
 	{14, "interrupts", (*guest).interruptRegisters},
 	{6, "time", (*guest).timePasses},
 	{5, "settings", (*guest).settings},
@@ -143,9 +93,10 @@ func (g *guest) bringUp() {
 		g.setUpTX(q)
 		g.setUpRX(q)
 	}
+	g.setUpRSS()
 	// Queues for RSS, and what headers are split after.
-	g.write(ixgbevf.VFPSRTYPE, uint32(g.rng.IntN(2))<<29|pick(g.rng, 0x1330, 0x1330, g.rng.Uint32()&0x1330))
-	for n := range 2 {
+	g.write(ixgbevf.VFPSRTYPE, uint32(g.rng.IntN(4))<<29|pick(g.rng, 0x1330, 0x1330, g.rng.Uint32()&0x1330))
+	for n := range (len(g.rx) + 1) / 2 {
 		entry := uint32(0)
 		for b := range 4 {
 			entry |= (ixgbevf.IVARValid | uint32(g.rng.IntN(2))) << (8 * b)
@@ -192,14 +143,14 @@ func (g *guest) setUpRX(q int) {
 	r := &g.rx[q]
 	g.write(ixgbevf.VFRXDCTL(q), 0)
 	if chance(g.rng, 3, 4) || r.size == 0 {
-		*r = ring{size: ringSize(g.rng)}
+		*r = ring{size: g.fleet.ringSize(g.rng)}
 	}
 	r.next = 0
 	// A third legacy, the others with one buffer, headers split off, or header
 	// buffers always used.
 	format := pick[uint32](g.rng, 0, 0, 1, 2, 2, 5)
 	r.legacy = format == 0
-	g.write(ixgbevf.VFRDBAL(q), uint32(rxRing(q)))
+	g.write(ixgbevf.VFRDBAL(q), uint32(g.fleet.rxRing(q)))
 	g.write(ixgbevf.VFRDBAH(q), g.high())
 	g.write(ixgbevf.VFRDLEN(q), r.size*descriptorSize)
 	g.write(ixgbevf.VFRDH(q), 0)
@@ -212,7 +163,7 @@ func (g *guest) setUpRX(q int) {
 	if chance(g.rng, 5, 6) {
 		g.write(ixgbevf.VFRSCCTL(q), uint32(g.rng.IntN(16))|pick[uint32](g.rng, 0, 1, 1))
 	}
-	g.write(ixgbevf.VFRXDCTL(q), ixgbevf.QueueEnable|uint32(g.rng.IntN(2))*ixgbevf.RXDCTLVME)
+	g.write(ixgbevf.VFRXDCTL(q), ixgbevf.QueueEnable|uint32(g.rng.IntN(2))*ixgbevf.RXDCTLVME|g.packetLength())
 	g.read(ixgbevf.VFRXDCTL(q))
 	if chance(g.rng, 7, 8) {
 		g.refill(q)
@@ -236,9 +187,9 @@ func (g *guest) refill(q int) {
 	}
 	for range n {
 		var d [descriptorSize]byte
-		le.PutUint64(d[:], atRX+uint64(g.rng.IntN(rxRoom/256))*256)
-		le.PutUint64(d[8:], atRX+uint64(g.rng.IntN(rxRoom/64))*64)
-		g.poke(rxRing(q)+uint64(r.next)*descriptorSize, d[:])
+		le.PutUint64(d[:], g.fleet.atRX+uint64(g.rng.IntN(rxRoom/256))*256)
+		le.PutUint64(d[8:], g.fleet.atRX+uint64(g.rng.IntN(rxRoom/64))*64)
+		g.poke(g.fleet.rxRing(q)+uint64(r.next)*descriptorSize, d[:])
 		r.next = (r.next + 1) % r.size
 	}
 	g.write(ixgbevf.VFRDT(q), r.next)
@@ -250,8 +201,8 @@ func (g *guest) setUpTX(q int) {
 	g.write(ixgbevf.VFTXDCTL(q), pick[uint32](g.rng, 0, ctl, ctl|ixgbevf.QueueFlush))
 	// A slot is the queue's, not the ring's: it outlives a new set-up, but a
 	// driver does not count on that.
-	*r = ring{size: ringSize(g.rng)}
-	g.write(ixgbevf.VFTDBAL(q), uint32(txRing(q)))
+	*r = ring{size: g.fleet.ringSize(g.rng)}
+	g.write(ixgbevf.VFTDBAL(q), uint32(g.fleet.txRing(q)))
 	g.write(ixgbevf.VFTDBAH(q), g.high())
 	g.write(ixgbevf.VFTDLEN(q), r.size*descriptorSize)
 	g.write(ixgbevf.VFTDH(q), 0)

@@ -58,7 +58,7 @@ func (g *guest) allIntervalsEnd() {
 // settings writes what a driver sets once, with values as they come.
 func (g *guest) settings() {
 	q := g.rng.IntN(len(g.rx))
-	switch g.rng.IntN(9) {
+	switch g.rng.IntN(12) {
 	case 0:
 		g.write(ixgbevf.VTIVAR(g.rng.IntN(4)), g.rng.Uint32())
 	case 1:
@@ -77,6 +77,13 @@ func (g *guest) settings() {
 		g.write(ixgbevf.VFSRRCTL(q), g.read(ixgbevf.VFSRRCTL(q))^1<<28)
 	case 8:
 		g.write(ixgbevf.VFTDWBAL(q), g.read(ixgbevf.VFTDWBAL(q))^ixgbevf.TDWBALEnable)
+	case 9:
+		if length := g.packetLength(); g.fleet.member.PacketLength {
+			const bits = ixgbevf.RXDCTLLength | ixgbevf.RXDCTLLengthEnable
+			g.write(ixgbevf.VFRXDCTL(q), g.read(ixgbevf.VFRXDCTL(q))&^bits|length)
+		}
+	case 10, 11:
+		g.changeRSS()
 	}
 }
 
@@ -135,7 +142,7 @@ func (g *guest) oddAccess() {
 			value &= 0x3f
 		}
 		if strings.Contains(r.Name, "DLEN") {
-			value &= maxRing*descriptorSize - 1 // a longer ring does not fit into the scratch memory
+			value &= uint32(g.fleet.ringStep) - 1 // a longer ring does not fit into the scratch memory
 		}
 		if g.fleet.headsVary && strings.Contains(r.Name, "XDCTL") {
 			value = value&^ixgbevf.QueueEnable | old&ixgbevf.QueueEnable // see toggleQueue

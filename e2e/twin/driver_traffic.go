@@ -142,7 +142,7 @@ func (g *guest) room(q, n int) bool {
 // put writes one descriptor to a transmit ring.
 func (g *guest) put(q int, d [descriptorSize]byte) {
 	r := &g.tx[q]
-	g.poke(txRing(q)+uint64(r.next)*descriptorSize, d[:])
+	g.poke(g.fleet.txRing(q)+uint64(r.next)*descriptorSize, d[:])
 	r.next = (r.next + 1) % r.size
 }
 
@@ -309,4 +309,65 @@ func (g *guest) newOffload(p *packet, slot int, tso bool) *offload {
 	le.PutUint32(c[8:], kind)
 	le.PutUint32(c[12:], mss|uint32(slot)<<4)
 	return &c
+}
+
+// burst has as many short frames go one way as brings a long ring far on.
+func (g *guest) burst() {
+	if !g.fleet.long() {
+		return
+	}
+	n := 1 + g.rng.IntN(2000)
+	g.hurry = true
+	defer func() { g.hurry = false }()
+	if chance(g.rng, 1, 2) {
+		g.burstIn(n)
+	} else {
+		g.burstOut(n)
+	}
+}
+
+// burstIn has short frames of many flows arrive, no more than there are
+// descriptors for.
+func (g *guest) burstIn(n int) {
+	if chance(g.rng, 1, 2) {
+		for q := range g.rx {
+			g.refill(q)
+		}
+	}
+	if g.maxFrame < 1518 {
+		return
+	}
+	var frames [][]byte
+	for range n {
+		p := newPacket(g.rng, stations[g.mac], stations[1], -1, g.rng.IntN(8))
+		frames = append(frames, p.data)
+	}
+	vf := g.twins[0].vf
+	room := n
+	for q := range g.rx {
+		if vf.Read(ixgbevf.VFRXDCTL(q))&ixgbevf.QueueEnable != 0 {
+			room = min(room, int(free(vf.Read, q))/3)
+		}
+	}
+	for frames = frames[:room]; len(frames) > 0; {
+		g.hurry = false
+		g.step()
+		g.hurry = true
+		part := frames[:min(len(frames), 200)]
+		frames = frames[len(part):]
+		g.receiveBurst(part)
+	}
+}
+
+// burstOut hands over short frames at once.
+func (g *guest) burstOut(n int) {
+	q := g.rng.IntN(len(g.tx))
+	for i := range n {
+		g.hurry = i%200 != 0
+		if g.tx[q].size == 0 || !g.room(q, 8) {
+			break
+		}
+		g.sendAdvanced(q, newPacket(g.rng, broadcast, stations[g.mac], -1, g.rng.IntN(8)))
+	}
+	g.ringTX(q)
 }

@@ -38,6 +38,8 @@ type guest struct {
 	// that work.
 	during func()
 	sweeps int
+	// hurry leaves out moves.
+	hurry bool
 	// unread are registers that are not compared.
 	unread []uint32
 
@@ -77,7 +79,7 @@ func (t *tape) tail(n int) string {
 
 func newGuest(r *rand.Rand, f *fleet, twins ...*twin) *guest {
 	g := &guest{rng: r, fleet: f, twins: twins, names: map[uint32]string{}}
-	g.regs = ixgbevf.New(f.cfg.QueuePairs).Registers()
+	g.regs = f.family.Registers()
 	for _, reg := range g.regs {
 		g.names[reg.Offset] = reg.Name
 	}
@@ -93,7 +95,7 @@ func (g *guest) name(off uint32) string {
 }
 
 func (g *guest) step() {
-	if g.before != nil {
+	if g.before != nil && !g.hurry {
 		g.before()
 	}
 }
@@ -451,7 +453,7 @@ func (g *guest) compareMemory() {
 	for i := range a {
 		if a[i] != b[i] {
 			i &^= 15
-			fail("memory at %#x (%s) differs:\n   stayed % x\n   moved  % x", i, region(uint64(i)), a[i:i+16], b[i:i+16])
+			fail("memory at %#x (%s) differs:\n   stayed % x\n   moved  % x", i, g.fleet.region(uint64(i)), a[i:i+16], b[i:i+16])
 		}
 	}
 }

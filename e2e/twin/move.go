@@ -32,7 +32,7 @@ func (spinClock) After(time.Duration) <-chan time.Time {
 
 func engineFor(s *silicon, f family.Family) *compsc.VF {
 	e := compsc.New(f, s.backend(), compsc.Options{
-		VendorID: ixgbevf.VendorID, DeviceID: ixgbevf.DeviceID,
+		VendorID: ixgbevf.VendorID, DeviceID: s.cfg.DeviceID,
 		Clock: spinClock{}, Logger: slog.New(slog.DiscardHandler),
 		// The model needs far less, but has to get the processor.
 		DrainTimeout: 500 * time.Millisecond,
@@ -123,7 +123,7 @@ func (m *mover) newTwin() *twin {
 		fail("a VF cannot be provisioned: %v", err)
 	}
 	m.all = append(m.all, s)
-	return &twin{vf: s, host: s.socket.get(), engine: engineFor(s, ixgbevf.New(s.cfg.QueuePairs))}
+	return &twin{vf: s, host: s.socket.get(), engine: engineFor(s, m.fleet.family)}
 }
 
 // target finds a VF to move to: one just made, one whose tenant has left, or
@@ -166,7 +166,7 @@ func (m *mover) release(t *twin) {
 	if err := t.engine.Scrub(m.ctx); err != nil {
 		fail("scrub of %s: %v", t.vf.name, err)
 	}
-	t.vf.socket.plug(newHost())
+	t.vf.socket.plug(newHost(m.fleet.memorySize))
 	if err := t.vf.provision(); err != nil {
 		fail("provisioning of %s: %v", t.vf.name, err)
 	}
@@ -206,7 +206,7 @@ func (m *mover) move() {
 // where it was.
 func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	g, b := m.guest, m.guest.twins[1]
-	var f family.Family = ixgbevf.New(target.cfg.QueuePairs)
+	var f family.Family = m.fleet.familyOf(target.cfg)
 	if m.lose != nil && m.lose.Message != "" {
 		f = forgetful{f, m.lose.Message}
 	}
@@ -241,7 +241,7 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 		m.refused(err, target, true)
 		return m.undo(b, state.Causes)
 	}
-	home := newHost()
+	home := newHost(m.fleet.memorySize)
 	copy(home.memory, b.host.memory)
 	home.frames = b.host.takeFrames()
 	target.socket.plug(home)
@@ -250,7 +250,7 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	if err != nil {
 		m.refused(err, target, true)
 		b.host.frames = home.takeFrames()
-		target.socket.plug(newHost())
+		target.socket.plug(newHost(m.fleet.memorySize))
 		return m.undo(b, state.Causes)
 	}
 	if strings.Contains(how.HeadsStrategy, compsc.HeadsShadowRing) {
@@ -421,7 +421,8 @@ func (m *mover) headsRefusable(target *silicon, captured bool) bool {
 	vf, pf := m.guest.twins[0].vf, m.guest.twins[0].vf.Stats().PF
 	// Frames are looped untagged to the guest's address, and to everybody's
 	// when the VF is probed: both must pass the PF's filters.
-	walkRX := target.loops && m.fleet.portVLAN == 0 && m.fleet.cfg.PFMaxFrame <= 1514 && pf.ReceiveEnabled && pf.MAC != nil
+	silent := m.fleet.cfg.PFMaxFrame > 1514 && m.fleet.cfg.DeviceID == ixgbevf.DeviceID
+	walkRX := target.loops && m.fleet.portVLAN == 0 && !silent && pf.ReceiveEnabled && pf.MAC != nil
 	walkTX := pf.TransmitEnabled
 	for q := range target.cfg.QueuePairs {
 		rx := vf.Read(ixgbevf.VFRXDCTL(q))&ixgbevf.QueueEnable != 0 && (!captured || vf.Read(ixgbevf.VFRDH(q)) != 0)
@@ -441,7 +442,7 @@ func (m *mover) headsRefusable(target *silicon, captured bool) bool {
 // which no driver's is.
 func (m *mover) ringOutOfBounds() bool {
 	vf := m.guest.twins[0].vf
-	for _, q := range ixgbevf.New(vf.cfg.QueuePairs).Queues() {
+	for _, q := range m.fleet.family.Queues() {
 		size := vf.Read(q.LEN) / descriptorSize
 		if vf.Read(q.Ctl)&q.Enable != 0 && (vf.Read(q.Head) >= size || vf.Read(q.Tail) > size) {
 			return true

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
-
-	"compsc.io/compsc/agent/family/ixgbevf"
 )
 
 // Options of a run.
@@ -65,7 +63,7 @@ func (e *DifferenceError) Error() string {
 func (t *twin) describe() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "  %s: %+v\n  rings as the guest sees them and as the device has them:\n", t.vf.name, t.vf.Stats())
-	for _, q := range ixgbevf.New(t.vf.cfg.QueuePairs).Queues() {
+	for _, q := range t.vf.fleet.family.Queues() {
 		fmt.Fprintf(&b, "    %s %d:", q.Direction, q.Index)
 		for _, off := range []uint32{q.Ctl, q.LEN, q.Head, q.Tail} {
 			fmt.Fprintf(&b, " %#x/%#x", t.engine.GuestRead(off), t.vf.Read(off))

@@ -14,10 +14,6 @@ import (
 	"compsc.io/compsc/agent/model"
 )
 
-// memorySize is the size of a guest's memory. Addresses wrap there, so that
-// whatever a guest programs, the device finds memory.
-const memorySize = 1 << 18
-
 // host is what a VF is plugged into: the memory and the wire of whoever has it
 // now. Both outlive the VF's stay with one tenant.
 type host struct {
@@ -26,32 +22,30 @@ type host struct {
 	frames [][]byte
 }
 
-func newHost() *host { return &host{memory: make([]byte, memorySize)} }
+func newHost(size uint64) *host { return &host{memory: make([]byte, size)} }
 
+// access wraps addresses at the end of the memory, so that whatever a guest
+// programs, the device finds memory.
 func (h *host) access(addr uint64, p []byte, move func(memory, p []byte) int) {
 	for len(p) > 0 {
-		n := move(h.memory[addr%memorySize:], p)
+		n := move(h.memory[addr%uint64(len(h.memory)):], p)
 		addr, p = addr+uint64(n), p[n:]
 	}
 }
 
-// scratchAt is where a VF finds its engine's scratch memory, scratchSize what
-// each of at most four queues gets.
-const (
-	scratchAt   = 1 << 40
-	scratchSize = 4 * (maxRing*descriptorSize + 8<<10)
-)
+// scratchAt is where a VF finds its engine's scratch memory.
+const scratchAt = 1 << 40
 
 // socket connects a VF to its host of the moment, and to scratch memory that
 // stays with the VF. It is what the model and the engine call.
 type socket struct {
 	mu      sync.Mutex
 	host    *host
-	scratch [scratchSize]byte
+	scratch []byte
 }
 
 // Range tells where the scratch memory is.
-func (s *socket) Range() (addr uint64, size int) { return scratchAt, scratchSize }
+func (s *socket) Range() (addr uint64, size int) { return scratchAt, len(s.scratch) }
 
 func (s *socket) get() *host {
 	s.mu.Lock()
@@ -66,7 +60,7 @@ func (s *socket) plug(h *host) {
 }
 
 func (s *socket) access(addr uint64, p []byte, move func(memory, p []byte) int) error {
-	if addr >= scratchAt && addr+uint64(len(p)) <= scratchAt+scratchSize {
+	if addr >= scratchAt && addr+uint64(len(p)) <= scratchAt+uint64(len(s.scratch)) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		move(s.scratch[addr-scratchAt:], p)
@@ -158,12 +152,15 @@ func (s *silicon) provision() error {
 // fleet is what all VFs that the guest may come to have in common: what a
 // guest was told by one PF must hold at the next.
 type fleet struct {
-	cfg      model.Config
+	cfg model.Config
+	// family and member are what all of them are.
+	family *ixgbevf.Family
+	member ixgbevf.Member
+	layout
 	trusted  bool
 	portVLAN uint16
 	// headsVary has VFs with every combination of heads that can be written
-	// and not; otherwise all can be. A VF whose heads neither stay nor can be
-	// written cannot be stopped and let go on by anybody: there is none.
+	// and not; otherwise all can be.
 	headsVary bool
 	built     int
 	// clock is that of all VFs: time passes when the guest lets it, so that a
@@ -180,9 +177,12 @@ func pick[T any](r *rand.Rand, list ...T) T { return list[r.IntN(len(list))] }
 
 func newFleet(r *rand.Rand) *fleet {
 	cfg := model.DefaultConfig()
-	if chance(r, 1, 5) {
-		cfg.QueuePairs = 1
+	cfg.QueuePairs = pick(r, 1, 1, 2, 2, 2, 2, 2, 4, 4, 8)
+	member := ixgbevf.Members()[0]
+	if chance(r, 1, 2) {
+		member = pick(r, ixgbevf.Members()[1:]...)
 	}
+	cfg.DeviceID = member.Device
 	cfg.MulticastFilterType = uint32(r.IntN(4))
 	if chance(r, 1, 2) {
 		cfg.AdminMAC = slices.Clone(stations[0])
@@ -199,14 +199,24 @@ func newFleet(r *rand.Rand) *fleet {
 		cfg.PFLatency = 100 * time.Microsecond
 	}
 	vary := chance(r, 1, 2)
-	cfg.HeadsPersistAcrossDisable = vary || chance(r, 3, 4)
+	cfg.HeadsPersistAcrossDisable = chance(r, 3, 4)
 	clock := model.NewManualClock()
 	cfg.Clock = clock
-	f := &fleet{cfg: cfg, trusted: chance(r, 1, 2), headsVary: vary, clock: clock}
+	f := &fleet{cfg: cfg, member: member, layout: newLayout(r, cfg.QueuePairs), trusted: chance(r, 1, 2), headsVary: vary, clock: clock}
+	f.family = f.familyOf(cfg)
 	if chance(r, 1, 8) {
 		f.portVLAN = vlans[1]
 	}
 	return f
+}
+
+// familyOf is the table of a VF with that configuration.
+func (f *fleet) familyOf(cfg model.Config) *ixgbevf.Family {
+	table, err := ixgbevf.ForDevice(ixgbevf.VendorID, cfg.DeviceID, cfg.QueuePairs)
+	if err != nil {
+		fail("%v", err)
+	}
+	return table
 }
 
 // nearWrap is a start value for a counter of so many bits: often one that
@@ -255,6 +265,8 @@ func (f *fleet) buildPoor(r *rand.Rand, used model.PFState) (s *silicon, reason 
 		c.MACVLANs, reason = len(used.MACVLANs)-1, compsc.ReasonMailboxRefused
 	case len(used.VLANs) > 1 && chance(r, 1, 2):
 		c.VLANs, reason = len(used.VLANs)-1, compsc.ReasonMailboxRefused
+	case chance(r, 1, 4):
+		c.DeviceID, reason = otherDevice(c.DeviceID), compsc.ReasonDeviceMismatch
 	case used.API != ixgbevf.API10 && chance(r, 1, 2):
 		c.APIs, reason = []uint32{ixgbevf.API10}, compsc.ReasonAPINotAccepted
 	case used.MAC != nil:
@@ -266,8 +278,16 @@ func (f *fleet) buildPoor(r *rand.Rand, used model.PFState) (s *silicon, reason 
 	return s, reason, err
 }
 
+// otherDevice is another member of the family.
+func otherDevice(id uint16) uint16 {
+	members := ixgbevf.Members()
+	at := slices.IndexFunc(members, func(m ixgbevf.Member) bool { return m.Device == id })
+	return members[(at+1)%len(members)].Device
+}
+
 func (f *fleet) power(s *silicon) (*silicon, error) {
-	s.socket.plug(newHost())
+	s.socket.scratch = make([]byte, f.scratchSize)
+	s.socket.plug(newHost(f.memorySize))
 	s.VF = model.New(s.cfg, &s.socket, &s.socket, s.interrupt)
 	return s, s.provision()
 }
