@@ -49,6 +49,36 @@ func (v *VF) SetTrust(trusted bool) {
 	v.ping()
 }
 
+// Ping has the PF send its unsolicited message, as its driver does when it
+// wants its VFs to look at the link.
+func (v *VF) Ping() {
+	v.mu.Lock()
+	defer v.unlock()
+	v.ping()
+}
+
+// SetLink takes the link of the PF down or up, and tells the VF. While it is
+// down nothing arrives from the network, and what is sent there is lost.
+func (v *VF) SetLink(up bool) {
+	v.mu.Lock()
+	defer v.unlock()
+	if v.unplugged == !up {
+		return
+	}
+	v.unplugged = !up
+	v.ping()
+}
+
+// ResetPF does what the PF's driver does to a VF when it resets its device, say
+// for another MTU: the VF neither receives nor sends until its driver has reset
+// it, nor is a message of it heeded, and it is told so.
+func (v *VF) ResetPF() {
+	v.mu.Lock()
+	defer v.unlock()
+	v.pf.cts, v.pf.vfre, v.pf.vfte = false, false, false
+	v.ping()
+}
+
 // SetFree changes how many further filters the PF has for the VF, as its other
 // VFs take and release theirs: see Config.MACVLANs and Config.VLANs. What the VF
 // has it keeps.

@@ -74,7 +74,9 @@ func (v *VF) Loop(frame []byte) error {
 	if !v.cfg.Loopback {
 		return errors.New("the PF loops no frames to its VF")
 	}
-	v.Receive(frame)
+	v.mu.Lock()
+	defer v.unlock()
+	v.receive(frame)
 	return nil
 }
 
@@ -85,6 +87,12 @@ func (v *VF) Loop(frame []byte) error {
 func (v *VF) Receive(frame []byte) {
 	v.mu.Lock()
 	defer v.unlock()
+	if !v.unplugged {
+		v.receive(frame)
+	}
+}
+
+func (v *VF) receive(frame []byte) {
 	if v.closed {
 		return
 	}

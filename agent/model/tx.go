@@ -67,6 +67,8 @@ type batch struct {
 	report  []report
 	// sent and octets are counted as the batch goes out.
 	sent, octets, failed uint64
+	// unplugged tells that all of it is lost, for the link is down.
+	unplugged bool
 }
 
 // report is a descriptor that asked to be told when it is done.
@@ -113,6 +115,9 @@ func (v *VF) transmitTurn() bool {
 		v.mu.Lock()
 		b := v.fetch(q)
 		v.busy, v.busyQueue = b != nil, q
+		if b != nil {
+			b.unplugged = v.unplugged
+		}
 		epoch := v.epoch.Load()
 		v.unlock()
 		if b == nil {
@@ -136,7 +141,7 @@ func (v *VF) send(b *batch, epoch uint64) {
 				return false
 			}
 			n := uint64(len(frame))
-			if err := v.wire.Transmit(frame); err != nil {
+			if !b.unplugged && v.wire.Transmit(frame) != nil {
 				b.failed++
 			}
 			// To the VF a frame that the network loses has been sent.

@@ -41,7 +41,9 @@ type VF struct {
 	// throttles moderate the vectors.
 	throttles [ixgbevf.MSIXVectors]throttle
 	// busy tells that the transmit engine has a batch on its way out.
-	busy      bool
+	busy bool
+	// unplugged tells that the PF's link is down.
+	unplugged bool
 	busyQueue int
 	closed    bool
 	answer    *time.Timer // the PF's pending answer
@@ -125,6 +127,9 @@ func (v *VF) Read(off uint32) uint32 {
 	r := &v.regs[off/4]
 	switch off {
 	case ixgbevf.VFLINKS:
+		if v.unplugged {
+			return 0
+		}
 		return ixgbevf.LinksUp | ixgbevf.LinksSpeed10G
 	case ixgbevf.VFFRTIMER:
 		return uint32(time.Since(v.start).Microseconds())

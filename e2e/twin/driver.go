@@ -17,6 +17,13 @@ type ring struct {
 	slots [2]*offload
 }
 
+// told is what a PF was asked that must be the same elsewhere: how many queues
+// there are, and which features were asked for and granted.
+type told struct {
+	queues         bool
+	asked, granted uint32
+}
+
 // driver is the state of the guest's driver.
 type driver struct {
 	rx, tx []ring
@@ -29,6 +36,13 @@ type driver struct {
 	maxFrame int
 	macVLANs int
 	txRoomAt uint64
+	// told is what the PF has told since the last reset.
+	told told
+	// revoked tells that a PF no longer heeds the driver's messages, which does
+	// not know yet.
+	revoked bool
+	// refusedMAC tells that a PF once refused a further address.
+	refusedMAC bool
 	// streams are TCP connections from which the guest receives.
 	streams [3]stream
 }
@@ -47,6 +61,7 @@ var operations = []struct {
 	{2, "reset", (*guest).someReset},
 	{12, "mailbox", (*guest).mailboxCall},
 	{4, "raw mailbox", (*guest).rawMailbox},
+	{4, "PF event", (*guest).pfEvent},
 	{3, "set up receive queue", func(g *guest) { g.setUpRX(g.rng.IntN(len(g.rx))) }},
 	{3, "set up transmit queue", func(g *guest) { g.setUpTX(g.rng.IntN(len(g.tx))) }},
 	{1, "queue off or on", (*guest).toggleQueue},

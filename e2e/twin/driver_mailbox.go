@@ -47,7 +47,22 @@ func (g *guest) call(words ...uint32) []uint32 {
 		reply[i] = g.read(ixgbevf.VFMBMEM + 4*uint32(i))
 	}
 	g.write(ixgbevf.VFMAILBOX, ixgbevf.MailboxACK)
+	g.note(words, reply)
 	return reply
+}
+
+// note remembers what the PF has told.
+func (g *guest) note(request, reply []uint32) {
+	switch id := request[0] & ixgbevf.MsgIDMask; {
+	case id == ixgbevf.MsgReset:
+		g.told = told{}
+	case !agreed(reply):
+		g.refusedMAC = g.refusedMAC || id == ixgbevf.MsgSetMACVLAN
+	case id == ixgbevf.MsgGetQueues:
+		g.told.queues = true
+	case id == ixgbevf.MsgFeaturesNegotiate:
+		g.told.asked, g.told.granted = request[1], reply[1]
+	}
 }
 
 func agreed(reply []uint32) bool { return reply != nil && reply[0]&ixgbevf.MsgACK != 0 }
@@ -74,8 +89,11 @@ func (g *guest) resetHandshake() {
 // negotiate settles on an API version. Drivers do it once after a reset,
 // before they ask for anything that depends on it.
 func (g *guest) negotiate() {
-	g.call(ixgbevf.MsgAPINegotiate, pick[uint32](g.rng, ixgbevf.API10, ixgbevf.API11, ixgbevf.API12, ixgbevf.API13,
-		ixgbevf.API13, ixgbevf.API14, ixgbevf.API15, ixgbevf.API16, ixgbevf.API17, ixgbevf.API17, ixgbevf.API20), 0)
+	code := pick[uint32](g.rng, ixgbevf.API10, ixgbevf.API11, ixgbevf.API12, ixgbevf.API13,
+		ixgbevf.API13, ixgbevf.API14, ixgbevf.API15, ixgbevf.API16, ixgbevf.API17, ixgbevf.API17, ixgbevf.API20)
+	if agreed(g.call(ixgbevf.MsgAPINegotiate, code, 0)) && code == ixgbevf.API17 && chance(g.rng, 2, 3) {
+		g.call(ixgbevf.MsgFeaturesNegotiate, uint32(g.rng.IntN(4)))
+	}
 }
 
 func macWords(a net.HardwareAddr) (low, high uint32) {

@@ -172,6 +172,9 @@ func (g *guest) buffer(data []byte) uint64 {
 // empties its cache with the queue, and Linux's has none.
 func (g *guest) forgetContexts(off, value uint32) {
 	for q := range g.tx {
+		if off == ixgbevf.VFCTRL {
+			g.told = told{}
+		}
 		if off == ixgbevf.VFCTRL || off == ixgbevf.VFTXDCTL(q) && value&ixgbevf.QueueEnable == 0 {
 			g.tx[q].slots = [2]*offload{}
 		}

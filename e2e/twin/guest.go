@@ -37,6 +37,8 @@ type guest struct {
 	// during runs between an access that has the device work on and the end of
 	// that work.
 	during func()
+	// around makes what a PF does happen, maybe while a twin moves.
+	around func(event func())
 	sweeps int
 	// hurry leaves out moves.
 	hurry bool

@@ -49,6 +49,7 @@ func unseenLoss(name string, change func(value uint32) uint32, offsets ...uint32
 
 // unseenLosses lists what registers make the device do.
 func unseenLosses() []Loss {
+	nothing := func(uint32) uint32 { return 0 }
 	without := func(bits uint32) func(uint32) uint32 { return func(v uint32) uint32 { return v &^ bits } }
 	return []Loss{
 		unseenLoss("what headers are split after", without(0x1330), ixgbevf.VFPSRTYPE),
@@ -61,8 +62,21 @@ func unseenLosses() []Loss {
 		}, ixgbevf.VFSRRCTL(0), ixgbevf.VFSRRCTL(1)),
 		unseenLoss("coalescing", without(1), ixgbevf.VFRSCCTL(0), ixgbevf.VFRSCCTL(1)),
 		unseenLoss("the longest chain", without(3<<2), ixgbevf.VFRSCCTL(0), ixgbevf.VFRSCCTL(1)),
+		unseenLoss("the bound of packets", without(ixgbevf.RXDCTLLength|ixgbevf.RXDCTLLengthEnable), ixgbevf.VFRXDCTL(0), ixgbevf.VFRXDCTL(1)),
+		unseenLoss("RSS", without(ixgbevf.MRQCEnable), ixgbevf.VFMRQC),
+		unseenLoss("what RSS hashes", without(0x00ff0000), ixgbevf.VFMRQC),
+		unseenLoss("the RSS key", nothing, words(ixgbevf.VFRSSRK, ixgbevf.RSSKeyWords)...),
+		unseenLoss("the RSS table", nothing, words(ixgbevf.VFRETA, ixgbevf.RSSTableWords)...),
 		unseenLoss("interrupt intervals", without(ixgbevf.EITRInterval), ixgbevf.VTEITR(0), ixgbevf.VTEITR(1), ixgbevf.VTEITR(2)),
 	}
+}
+
+// words are the offsets of n registers.
+func words(offset func(int) uint32, n int) (offsets []uint32) {
+	for i := range n {
+		offsets = append(offsets, offset(i))
+	}
+	return offsets
 }
 
 // losses lists every class of state, and every register on its own.
@@ -80,7 +94,10 @@ func losses() []Loss {
 			queueLoss("enable", d, func(q *compsc.QueueState) { q.Enabled = false }))
 	}
 	list = append(list, queueLoss("contexts", family.TX, func(q *compsc.QueueState) { q.Contexts = nil }))
-	f := ixgbevf.New(0)
+	f, err := ixgbevf.ForDevice(ixgbevf.VendorID, ixgbevf.DeviceIDX550, 0)
+	if err != nil {
+		panic(err)
+	}
 	for i, c := range f.Counters() {
 		list = append(list, Loss{Name: "counter " + c.Name, State: func(s *compsc.State) { s.Counters[i].Value = 0 }})
 	}
@@ -89,7 +106,7 @@ func losses() []Loss {
 			s.Counters[i].High = 0
 		}
 	}})
-	for _, message := range []string{"RESET", "API_NEGOTIATE", "SET_LPE", "SET_MAC_ADDR", "SET_MACVLAN", "SET_VLAN", "SET_MULTICAST", "UPDATE_XCAST_MODE"} {
+	for _, message := range []string{"RESET", "API_NEGOTIATE", "GET_QUEUES", "FEATURES_NEGOTIATE", "SET_LPE", "SET_MAC_ADDR", "SET_MACVLAN", "SET_VLAN", "SET_MULTICAST", "UPDATE_XCAST_MODE"} {
 		list = append(list, Loss{Name: "mailbox " + message, Message: message})
 	}
 	tails := map[uint32]bool{}

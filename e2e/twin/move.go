@@ -92,6 +92,9 @@ type mover struct {
 	// want is why the move must be refused, "" for a target that is like the
 	// others.
 	want string
+	// event is what a PF is going to do once this move has come to a stage.
+	event func()
+	stage int
 	// inFlight tells that the device is at work: see maybeInFlight.
 	inFlight bool
 }
@@ -113,6 +116,38 @@ func (m *mover) maybeInFlight() {
 		m.inFlight = true
 		m.move()
 		m.inFlight = false
+	}
+}
+
+// Stages of a move at which a PF may do something.
+const (
+	stageRunning  = iota // the guest still runs
+	stageQuiesced        // the VF is quiesced
+	stageRestored        // the other VF has its state
+	stages
+)
+
+// aroundEvent makes something happen to both twins, often while one moves.
+func (m *mover) aroundEvent(event func()) {
+	if chance(m.rng, 1, 2) {
+		event()
+		return
+	}
+	m.event, m.stage = event, m.rng.IntN(stages)
+	m.guest.compareWire()
+	m.guest.compareInterrupts()
+	m.move()
+	if m.event != nil { // the move has not come that far
+		m.reach(m.stage)
+	}
+}
+
+// reach has happen what happens at a stage.
+func (m *mover) reach(stage int) {
+	if m.event != nil && m.stage == stage {
+		m.guest.log.add("== event")
+		m.event()
+		m.event = nil
 	}
 }
 
@@ -150,7 +185,7 @@ func (m *mover) target() *silicon {
 
 // poorTarget makes a VF that must refuse the guest, nil if there is none.
 func (m *mover) poorTarget(b *twin) *silicon {
-	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF)
+	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF, m.guest.told)
 	if err != nil {
 		fail("a VF cannot be provisioned: %v", err)
 	}
@@ -221,12 +256,14 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 			return false, 0
 		}
 	}
+	m.reach(stageRunning)
 	if err := b.engine.Quiesce(m.ctx); err != nil {
 		m.notQuiesced(err)
 		return false, ixgbevf.VectorMask
 	}
 	g.log.add("== quiesced")
 	had := g.twins[0].vf.Stats().Interrupts
+	m.reach(stageQuiesced)
 	g.allIntervalsEnd()
 	m.late(had != g.twins[0].vf.Stats().Interrupts)
 	state := m.capture(b, target)
@@ -246,18 +283,16 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	home.frames = b.host.takeFrames()
 	target.socket.plug(home)
 	next := &twin{engine: engine, vf: target, host: home, seen: target.Stats().Interrupts}
+	if chance(m.rng, 1, 4) {
+		target.pingAfter = 1 + m.rng.IntN(8)
+	}
 	how, err := engine.Restore(m.ctx, state)
+	target.pingAfter = 0
 	if err != nil {
 		m.refused(err, target, true)
 		b.host.frames = home.takeFrames()
 		target.socket.plug(newHost(m.fleet.memorySize))
 		return m.undo(b, state.Causes)
-	}
-	if strings.Contains(how.HeadsStrategy, compsc.HeadsShadowRing) {
-		m.report.Relayed++
-	}
-	if strings.Contains(how.HeadsStrategy, compsc.HeadsDummyAdvance) {
-		m.report.Advanced++
 	}
 	for n, had := range b.interrupts() {
 		next.seen[n] -= had // not accounted for yet
@@ -265,8 +300,32 @@ func (m *mover) migrate(target *silicon) (moved bool, causes uint32) {
 	old := *b
 	*b = *next
 	m.release(&old)
+	m.reach(stageRestored)
 	m.report.Moves++
+	m.met(how)
 	return true, state.Causes
+}
+
+// met counts what a move had to do with.
+func (m *mover) met(how compsc.RestoreReport) {
+	for way := range strings.SplitSeq(how.HeadsStrategy, ",") {
+		m.report.Met["heads "+way]++
+	}
+	pf, f := m.guest.twins[0].vf.Stats().PF, m.fleet
+	if pf.ClearToSend {
+		m.report.Met[fmt.Sprintf("API code %d", pf.API)]++
+	}
+	m.report.Met[f.member.Name]++
+	m.report.Met[fmt.Sprintf("queue pairs %d", f.cfg.QueuePairs)]++
+	for _, r := range append(slices.Clone(m.guest.rx), m.guest.tx...) {
+		if r.size == longRing {
+			m.report.Met["longest ring"]++
+			break
+		}
+	}
+	if f.unplugged {
+		m.report.Met["link down"]++
+	}
 }
 
 // capture takes the state through its encoding; nil if it cannot be had.
@@ -392,7 +451,7 @@ func (m *mover) refused(err error, target *silicon, captured bool) {
 	ok := false
 	switch why.Reason {
 	case m.want, compsc.ReasonMailboxRefused:
-		ok = m.want != ""
+		ok = m.want != "" || why.Reason == compsc.ReasonMailboxRefused && m.trustWasTaken()
 	case compsc.ReasonHeadNotRestorable:
 		ok = m.headsRefusable(target, captured)
 	case compsc.ReasonStateInvalid:
@@ -401,6 +460,15 @@ func (m *mover) refused(err error, target *silicon, captured bool) {
 	if !ok {
 		fail("a move to %s was refused without need: %v", target.name, err)
 	}
+}
+
+// trustWasTaken tells whether a PF of now refuses what the guest's has granted:
+// since it heeds the guest no longer, which has not noticed, or since it
+// remembers what it has granted a VF that was trusted.
+func (m *mover) trustWasTaken() bool {
+	pf, f := m.guest.twins[0].vf.Stats().PF, m.fleet
+	taken := f.trustTaken && !f.trusted && (pf.XcastMode > ixgbevf.XcastMulti || f.cfg.AdminMAC != nil)
+	return m.guest.revoked || taken
 }
 
 // notQuiesced fails unless the guest was told of a part of a packet that the

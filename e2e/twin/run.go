@@ -25,9 +25,8 @@ type Report struct {
 	// Parts are moves that were not begun, because the guest had been told of a
 	// part of a packet.
 	Parts int
-	// Advanced and Relayed are moves whose heads took other ways than being
-	// written.
-	Advanced, Relayed int
+	// Met counts the moves with which something was the case: see met.
+	Met map[string]int
 	// Coalesced are frames that became part of another on their way to a guest
 	// that stays.
 	Coalesced uint64
@@ -40,8 +39,12 @@ func (r *Report) Add(o Report) {
 	r.Moves += o.Moves
 	r.Vetoes += o.Vetoes
 	r.Parts += o.Parts
-	r.Advanced += o.Advanced
-	r.Relayed += o.Relayed
+	if r.Met == nil {
+		r.Met = make(map[string]int)
+	}
+	for name, n := range o.Met {
+		r.Met[name] += n
+	}
 	r.Refusals += o.Refusals
 	r.Coalesced += o.Coalesced
 	r.LargestState = max(r.LargestState, o.LargestState)
@@ -84,7 +87,7 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	}
 	r := rand.New(rand.NewPCG(o.Seed, 0x82599))
 	f := newFleet(r)
-	m := &mover{ctx: ctx, rng: rand.New(rand.NewPCG(o.Seed, 0x10ed)), fleet: f, lose: o.Lose}
+	m := &mover{ctx: ctx, rng: rand.New(rand.NewPCG(o.Seed, 0x10ed)), fleet: f, lose: o.Lose, report: Report{Met: make(map[string]int)}}
 	defer func() {
 		for _, s := range m.all {
 			s.Close()
@@ -112,7 +115,7 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	a, b := m.newTwin(), m.newTwin()
 	g = newGuest(r, f, a, b)
 	m.guest = g
-	g.before, g.during = m.maybe, m.maybeInFlight
+	g.before, g.during, g.around = m.maybe, m.maybeInFlight, m.aroundEvent
 	if o.Lose != nil {
 		g.unread = o.Lose.Unread
 	}

@@ -101,6 +101,9 @@ type silicon struct {
 	fleet  *fleet
 	// loops tells that its PF can loop frames to it.
 	loops bool
+	// pingAfter is after how many requests the PF sends a message of its own,
+	// counted down to 0.
+	pingAfter int
 	// engine is the one in front of it.
 	engine atomic.Pointer[compsc.VF]
 }
@@ -113,6 +116,16 @@ func (s *silicon) interrupt(vector int) {
 	}
 }
 
+// Write writes a register; one of the requests may cross a message of the PF.
+func (s *silicon) Write(off, value uint32) {
+	s.VF.Write(off, value)
+	if s.pingAfter > 0 && off == ixgbevf.VFMAILBOX && value&ixgbevf.MailboxREQ != 0 {
+		if s.pingAfter--; s.pingAfter == 0 {
+			s.Ping()
+		}
+	}
+}
+
 // looping is a VF whose PF can loop frames to it.
 type looping struct{ *silicon }
 
@@ -122,8 +135,7 @@ func (l looping) Loop(frame []byte) error {
 	if pf := l.Stats().PF; !pf.ReceiveEnabled || !pf.Untagged {
 		return errors.New("the PF loops no frames to a VF that receives none")
 	}
-	l.Receive(frame)
-	return nil
+	return l.VF.Loop(frame)
 }
 
 // backend is the VF as its engine gets it.
@@ -157,8 +169,10 @@ type fleet struct {
 	family *ixgbevf.Family
 	member ixgbevf.Member
 	layout
-	trusted  bool
-	portVLAN uint16
+	trusted bool
+	// trustTaken tells that they once were and then were not.
+	trustTaken bool
+	portVLAN   uint16
 	// headsVary has VFs with every combination of heads that can be written
 	// and not; otherwise all can be.
 	headsVary bool
@@ -166,6 +180,10 @@ type fleet struct {
 	// clock is that of all VFs: time passes when the guest lets it, so that a
 	// seed decides what an interval of interrupt moderation holds back.
 	clock *model.ManualClock
+	// vfs are all VFs there are.
+	vfs []*silicon
+	// unplugged tells that the link of all of them is down.
+	unplugged bool
 	// counters of the VFs that the twins start on.
 	counters model.Counters
 }
@@ -174,6 +192,14 @@ type fleet struct {
 func chance(r *rand.Rand, n, of int) bool { return r.IntN(of) < n }
 
 func pick[T any](r *rand.Rand, list ...T) T { return list[r.IntN(len(list))] }
+
+// apis are the API versions that PFs take: those of the kernel's driver, of
+// Intel's own, and of one for ESX.
+var apis = [][]uint32{
+	model.DefaultConfig().APIs,
+	{ixgbevf.API10, ixgbevf.API11, ixgbevf.API12, ixgbevf.API13, ixgbevf.API16, ixgbevf.API17},
+	{ixgbevf.API10, ixgbevf.API11, ixgbevf.API12, ixgbevf.API13, ixgbevf.API14, ixgbevf.API15, ixgbevf.API16, ixgbevf.API17},
+}
 
 func newFleet(r *rand.Rand) *fleet {
 	cfg := model.DefaultConfig()
@@ -191,6 +217,7 @@ func newFleet(r *rand.Rand) *fleet {
 	cfg.ForceDropEnable = chance(r, 3, 4)
 	cfg.Coalescing = chance(r, 3, 4)
 	cfg.Features = uint32(r.IntN(4))
+	cfg.APIs = pick(r, apis...)
 	if chance(r, 1, 4) {
 		cfg.PFMaxFrame = 9014
 	}
@@ -250,14 +277,16 @@ func (f *fleet) build(r *rand.Rand, name string) (*silicon, error) {
 	if f.headsVary {
 		c.WritableRXHead, c.WritableTXHead, s.loops = chance(r, 1, 2), chance(r, 1, 2), chance(r, 1, 2)
 	}
+	c.Loopback = s.loops
 	f.built++
 	return f.power(s)
 }
 
-// buildPoor makes a VF that lacks something that the guest uses, as the PF of
-// where it is now tells; nil if it uses nothing of that kind.
-func (f *fleet) buildPoor(r *rand.Rand, used model.PFState) (s *silicon, reason string, err error) {
+// buildPoor makes a VF that lacks something that the guest uses, as it was told
+// and as the PF of where it is now tells; nil if it uses nothing of that kind.
+func (f *fleet) buildPoor(r *rand.Rand, used model.PFState, told told) (s *silicon, reason string, err error) {
 	s = &silicon{name: "poor VF", cfg: f.cfg, fleet: f}
+	portVLAN := f.portVLAN
 	switch c := &s.cfg; {
 	case !used.ClearToSend:
 		return nil, "", nil
@@ -265,6 +294,15 @@ func (f *fleet) buildPoor(r *rand.Rand, used model.PFState) (s *silicon, reason 
 		c.MACVLANs, reason = len(used.MACVLANs)-1, compsc.ReasonMailboxRefused
 	case len(used.VLANs) > 1 && chance(r, 1, 2):
 		c.VLANs, reason = len(used.VLANs)-1, compsc.ReasonMailboxRefused
+	case told.asked != 0 && chance(r, 1, 2):
+		c.Features, reason = told.asked&^told.granted, compsc.ReasonMailboxRefused
+	case told.queues && chance(r, 1, 2):
+		// Of the queues a PF tells whether there is a port VLAN.
+		if reason = compsc.ReasonMailboxRefused; portVLAN != 0 {
+			portVLAN = 0
+		} else {
+			portVLAN = vlans[2]
+		}
 	case chance(r, 1, 4):
 		c.DeviceID, reason = otherDevice(c.DeviceID), compsc.ReasonDeviceMismatch
 	case used.API != ixgbevf.API10 && chance(r, 1, 2):
@@ -274,7 +312,9 @@ func (f *fleet) buildPoor(r *rand.Rand, used model.PFState) (s *silicon, reason 
 	default:
 		return nil, "", nil
 	}
-	s, err = f.power(s)
+	if s, err = f.power(s); err == nil {
+		err = s.SetVLAN(portVLAN)
+	}
 	return s, reason, err
 }
 
@@ -289,5 +329,7 @@ func (f *fleet) power(s *silicon) (*silicon, error) {
 	s.socket.scratch = make([]byte, f.scratchSize)
 	s.socket.plug(newHost(f.memorySize))
 	s.VF = model.New(s.cfg, &s.socket, &s.socket, s.interrupt)
+	s.SetLink(!f.unplugged)
+	f.vfs = append(f.vfs, s)
 	return s, s.provision()
 }

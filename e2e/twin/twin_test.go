@@ -3,10 +3,13 @@ package twin
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"compsc.io/compsc/agent/family/ixgbevf"
 )
 
 var (
@@ -59,7 +62,32 @@ func TestTwin(t *testing.T) {
 	}
 	group.Wait()
 	t.Logf("%d seeds: %+v", last-first+1, total)
+	if *oneSeed == 0 && last >= enough {
+		all(t, total)
+	}
 	if !t.Failed() && *oneSeed == 0 && (total.Moves < int(last) || total.Vetoes == 0 || total.Refusals == 0 || total.Coalesced < last) {
 		t.Errorf("the twins hardly moved: %+v", total)
+	}
+}
+
+// all fails the test unless the twins have moved with all that there is, so
+// that no change of the guest can take it away unseen.
+func all(t *testing.T, total Report) {
+	t.Helper()
+	want := []string{
+		"heads write-verify", "heads dummy-advance", "heads shadow-ring",
+		"heads rx=dummy-advance", "heads rx=shadow-ring", "heads tx=dummy-advance", "heads tx=shadow-ring",
+		"queue pairs 1", "queue pairs 2", "queue pairs 4", "queue pairs 8", "longest ring", "link down",
+	}
+	for _, m := range ixgbevf.Members() {
+		want = append(want, m.Name)
+	}
+	for _, code := range []int{ixgbevf.API10, ixgbevf.API11, ixgbevf.API12, ixgbevf.API13, ixgbevf.API14, ixgbevf.API15, ixgbevf.API16, ixgbevf.API17} {
+		want = append(want, fmt.Sprintf("API code %d", code))
+	}
+	for _, name := range want {
+		if total.Met[name] == 0 {
+			t.Errorf("no twin moved with: %s", name)
+		}
 	}
 }

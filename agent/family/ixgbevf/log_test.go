@@ -111,7 +111,7 @@ func TestRecordFollowsMessages(t *testing.T) {
 	}
 	const reset, noMAC = "RESET [1]", "SET_MAC_ADDR [2]"
 	// What the PF remembers of the full record after a reset.
-	remembered := []string{reset, "API_NEGOTIATE [8 4]", "UPDATE_XCAST_MODE [c]", "UPDATE_XCAST_MODE [c 2]",
+	remembered := []string{reset, "API_NEGOTIATE [8 4]", "UPDATE_XCAST_MODE [c]", "UPDATE_XCAST_MODE [c 1]",
 		"SET_MAC_ADDR [2 33221154 6655]", "SET_MACVLAN [10006 33221154 6655]", "SET_MACVLAN [6]", "VFCTRL.RST []"}
 	for _, tc := range []struct {
 		name string

@@ -76,7 +76,8 @@ func (l *Log) Replay() []family.Message {
 func (l *Log) Release() []family.Message { return nil }
 
 // replayKept brings the PF to remember what the source's PF does, and resets
-// the VF.
+// the VF. Of a mode it is asked for as much as was granted: what was asked for
+// beyond that it may grant by now, for trust changes, and a reset comes with it.
 func (l *Log) replayKept() []family.Message {
 	mode := l.xcast != nil && !l.xcastNow
 	if !mode && (l.ready || l.mac == nil && !l.spoofing()) {
@@ -93,7 +94,7 @@ func (l *Log) replayKept() []family.Message {
 	}})
 	if mode {
 		add("API_NEGOTIATE", MsgAPINegotiate, l.xcastAPI, 0)
-		messages = append(messages, replayXcast(*l.xcast)...)
+		messages = append(messages, replayXcast(modeRequest{l.xcast.granted, l.xcast.granted})...)
 	}
 	if l.mac != nil {
 		low, high := intel.MACWords(*l.mac)
