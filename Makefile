@@ -85,8 +85,8 @@ e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers 
 e2e-nested: qemu-tree guest sriov-node build ## Move a guest inside such a VM, with its own igbvf, from card to card (as root; minutes).
 	@hack/test nested $(TESTFLAGS)
 
-# What make test fuzzes: what a guest or a peer can reach in the running product.
-FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc ./agent/family/ixgbevf ./agent/family/igbvf
+# What make test fuzzes: what a guest or a peer can reach in the running product, and guests that move.
+FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc ./agent/family/ixgbevf ./agent/family/igbvf ./e2e/twin
 
 .PHONY: test
 test: ## Run all tests: unit, fuzz, apiserver, e2e-chart, qemu, e2e-sriov.

@@ -9,9 +9,13 @@ import (
 
 // Options of a run.
 type Options struct {
-	// Seed decides everything.
+	// Seed decides everything, unless there is a Program.
 	Seed uint64
-	// Operations is the length of the guest's program. Default 120.
+	// Program takes the place of the seed for what the guest does: it ends with
+	// it. Nothing is left then to when which goroutine gets the processor, as
+	// relays and moves of a device that is at work leave it.
+	Program []byte
+	// Operations is how many a guest's program has, at most. Default 120.
 	Operations int
 	// Lose is what every move leaves out; nil for nothing.
 	Lose *Loss
@@ -52,6 +56,7 @@ func (r *Report) Add(o Report) {
 
 // A DifferenceError tells what told the twins apart.
 type DifferenceError struct {
+	// Seed of the run, 0 if it had a program.
 	Seed uint64
 	// What differed, and the last of what was done before.
 	What, Log string
@@ -59,6 +64,9 @@ type DifferenceError struct {
 
 // Error tells what differed and how to have it again.
 func (e *DifferenceError) Error() string {
+	if e.Seed == 0 {
+		return e.What
+	}
 	return fmt.Sprintf("seed %d: %s\n(again: make twin SEED=%d)", e.Seed, e.What, e.Seed)
 }
 
@@ -85,8 +93,17 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	if o.Operations <= 0 {
 		o.Operations = 120
 	}
-	r := rand.New(rand.NewPCG(o.Seed, 0x82599))
+	var source rand.Source = rand.NewPCG(o.Seed, 0x82599)
+	var p *program
+	if o.Program != nil {
+		p = &program{rest: o.Program}
+		source = p
+	}
+	r := rand.New(source)
 	f := newFleet(r)
+	if p != nil {
+		f.steady()
+	}
 	m := &mover{ctx: ctx, rng: rand.New(rand.NewPCG(o.Seed, 0x10ed)), fleet: f, lose: o.Lose, report: Report{Met: make(map[string]int)}}
 	defer func() {
 		for _, s := range m.all {
@@ -119,7 +136,13 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	if o.Lose != nil {
 		g.unread = o.Lose.Unread
 	}
+	if p != nil {
+		g.during = nil
+	}
 	for range o.Operations {
+		if p != nil && p.ended() {
+			break
+		}
 		if err := ctx.Err(); err != nil {
 			return m.report, err
 		}

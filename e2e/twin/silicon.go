@@ -237,6 +237,11 @@ func newFleet(r *rand.Rand) *fleet {
 	return f
 }
 
+// steady takes away what depends on when which goroutine gets the processor.
+func (f *fleet) steady() {
+	f.headsVary, f.cfg.PFLatency = false, 0
+}
+
 // familyOf is the table of a VF with that configuration.
 func (f *fleet) familyOf(cfg model.Config) *ixgbevf.Family {
 	table, err := ixgbevf.ForDevice(ixgbevf.VendorID, cfg.DeviceID, cfg.QueuePairs)
