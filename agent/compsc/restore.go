@@ -24,7 +24,10 @@ type restoration struct {
 	s      *State
 	log    family.Log
 	report RestoreReport
-	ways   map[family.Direction]string
+	// sends tells that the PF lets the VF send: the replay did not end with a
+	// reset.
+	sends bool
+	ways  map[family.Direction]string
 }
 
 // step is one step of a restore.
@@ -96,7 +99,9 @@ func (r *restoration) reset(ctx context.Context) error {
 }
 
 func (r *restoration) replay(ctx context.Context) (err error) {
-	r.report.ReplayedOperations, err = r.v.replay(ctx, r.log.Replay())
+	messages := r.log.Replay()
+	r.sends = len(messages) > 0 && len(messages[len(messages)-1].Words) > 0
+	r.report.ReplayedOperations, err = r.v.replay(ctx, messages)
 	return err
 }
 
@@ -124,7 +129,7 @@ func (r *restoration) contexts(ctx context.Context) error {
 			continue
 		}
 		err := errors.New("the guest has not asked the PF to let it send")
-		if r.report.ReplayedOperations > 0 {
+		if r.sends {
 			err = v.loadContexts(ctx, ring, ring.slots)
 		}
 		if errors.Is(err, ErrGone) || ctx.Err() != nil {
