@@ -31,7 +31,8 @@
 // is no admin MAC. A reset takes filters, VLANs and the API version away; the
 // MAC last used, the xcast mode last granted and the admin settings stay, and
 // asking for the mode again does nothing. RESET zeroes VFTDWBAL and VFTDWBAH.
-// A change of trust revokes clear-to-send and pings the VF. The rule for jumbo
+// A change of trust revokes clear-to-send and pings the VF, as does a reset of
+// the PF, which also stops the VF; a change of the link pings it. The rule for jumbo
 // frames is that of the 82599 [SU clarification 14]. GET_RETA, GET_RSS_KEY and
 // IPsec are refused, as by a PF whose administrator did not allow them.
 //
@@ -58,12 +59,13 @@
 // Linux driver hands it on as it is to a stack that checks it.
 //
 // Members: VFRXDCTL.RLPML of an X540 and its successors, and no jumbo rule for
-// them; the VF's own RSS key and table of an X550 and its successors [V, P].
+// them; the VF's own RSS key and table of an X550 and its successors, and what
+// VFMRQC has hashed [V, P].
 //
 // Transmit: legacy and advanced descriptors, two context slots per queue,
 // segmentation of TCP and UDP, IP, TCP, UDP and SCTP checksums, VLAN tags by
 // descriptor and by port VLAN, DD only where RS was set, head write-back
-// instead if it is on, anti-spoofing by MAC. A goroutine works the rings off, so
+// instead if it is on, of the head after the last such descriptor, anti-spoofing by MAC. A goroutine works the rings off, so
 // that heads trail tails, a disabled queue reads as enabled until what it
 // fetched is out, and a drain is something to wait for.
 //
@@ -129,7 +131,8 @@
 //
 // Low-latency interrupts, the legacy write-back's fragment checksum (0), IPsec,
 // DCA, time stamps, write-back thresholds, VLAN anti-spoofing, switching between
-// VFs of one PF, and a link that is ever down.
+// VFs of one PF, and frames that wait for a link: what is sent while it is down
+// is lost.
 //
 // DMA to memory that is not mapped is not an error, unlike on silicon: QEMU
 // takes guest memory away for moments when it changes the memory map. Such work

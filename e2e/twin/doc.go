@@ -6,6 +6,12 @@
 // can observe is compared: what it reads, its memory, the frames on the wire
 // and the interrupts.
 //
+// The silicon is any member of the family, with one to eight queue pairs, heads
+// of rings that can be written, that stay, both or neither, and any PF. What a
+// PF does by itself comes at random too, often while a twin moves: pings, its
+// link down or up, trust given and taken, and resets. A run of many seeds fails
+// unless it has met all of that (see all in twin_test.go).
+//
 // One seed decides everything: the guest's program, the silicon, when the twin
 // moves and whereto. The program does not depend on what is moved, so that a
 // seed fails or passes whatever is left out of a move. Time passes when the
@@ -23,5 +29,8 @@
 //     are no descriptors for them and the queue would make them wait.
 //   - Frames longer than what the guest last asked for are not sent to it: how
 //     far a PF lets those through depends on what others had asked of it.
+//   - From a PF that heeds the guest's messages no longer a move may lead to one
+//     that does, until the guest has reset its VF, and so may one be refused
+//     that needs what a VF that was trusted was granted.
 //   - VFFRTIMER, a clock of the device, is not compared.
 package twin

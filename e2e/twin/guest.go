@@ -42,6 +42,8 @@ type guest struct {
 	sweeps int
 	// hurry leaves out moves.
 	hurry bool
+	// relayLimit bounds how long the guest waits for a relay.
+	relayLimit time.Duration
 	// unread are registers that are not compared.
 	unread []uint32
 
@@ -80,7 +82,7 @@ func (t *tape) tail(n int) string {
 }
 
 func newGuest(r *rand.Rand, f *fleet, twins ...*twin) *guest {
-	g := &guest{rng: r, fleet: f, twins: twins, names: map[uint32]string{}}
+	g := &guest{rng: r, fleet: f, twins: twins, names: map[uint32]string{}, relayLimit: relayLimit}
 	g.regs = f.family.Registers()
 	for _, reg := range g.regs {
 		g.names[reg.Offset] = reg.Name
@@ -196,8 +198,9 @@ func (g *guest) relayRaised(off, stayed, moved uint32) bool {
 }
 
 // relayLimit bounds how long a relay may take to bring the guest what it
-// waits for.
-const relayLimit = 5 * time.Second
+// waits for, relayLimitLost the same where something is left out, so that the
+// twins are soon found to differ.
+const relayLimit, relayLimitLost = 5 * time.Second, time.Second
 
 // catchUp waits until relays have brought the guest what the device did. What
 // is still different after that shows in the comparison. Frames that are being
@@ -208,7 +211,7 @@ func (g *guest) catchUp() {
 	if a.vf.Stats().RXHeld > 0 || b.vf.Stats().RXHeld > 0 {
 		g.allIntervalsEnd()
 	}
-	for end := time.Now().Add(relayLimit); time.Now().Before(end); runtime.Gosched() {
+	for end := time.Now().Add(g.relayLimit); time.Now().Before(end); runtime.Gosched() {
 		same := true
 		for q := range g.rx {
 			for _, off := range []uint32{ixgbevf.VFRDH(q), ixgbevf.VFTDH(q)} {

@@ -134,7 +134,7 @@ func Run(ctx context.Context, o Options) (report Report, err error) {
 	m.guest = g
 	g.before, g.during, g.around = m.maybe, m.maybeInFlight, m.aroundEvent
 	if o.Lose != nil {
-		g.unread = o.Lose.Unread
+		g.unread, g.relayLimit = o.Lose.Unread, relayLimitLost
 	}
 	if p != nil {
 		g.during = nil
