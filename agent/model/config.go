@@ -76,6 +76,9 @@ type Config struct {
 	APIs []uint32
 	// Features are the bits that the PF grants in FEATURES_NEGOTIATE.
 	Features uint32
+	// Associations is how many IPsec security associations of this VF the PF
+	// takes, while the administrator trusts the VF.
+	Associations int
 	// PFMaxFrame is the PF's own largest frame in bytes with its header,
 	// without FCS: 1514 for an MTU of 1500. Above 1514 the 82599's rule for
 	// jumbo frames holds: the VF receives nothing until it asks for a maximum
@@ -177,6 +180,8 @@ type PFState struct {
 	// Broadcast, MulticastHash, AllMulticast and Untagged tell which frames
 	// besides the exact ones are received.
 	Broadcast, MulticastHash, AllMulticast, Untagged bool
+	// Associations counts the security associations.
+	Associations int
 	// MaxFrame in bytes with FCS: what the PF lets in (it never shrinks).
 	MaxFrame uint32
 	// Trusted and SpoofCheck are the administrator's settings.

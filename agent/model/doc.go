@@ -33,8 +33,9 @@
 // asking for the mode again does nothing. RESET zeroes VFTDWBAL and VFTDWBAH.
 // A change of trust revokes clear-to-send and pings the VF, as does a reset of
 // the PF, which also stops the VF; a change of the link pings it. The rule for jumbo
-// frames is that of the 82599 [SU clarification 14]. GET_RETA, GET_RSS_KEY and
-// IPsec are refused, as by a PF whose administrator did not allow them.
+// frames is that of the 82599 [SU clarification 14]. GET_RETA and
+// GET_RSS_KEY are refused, as by a PF whose administrator did not allow them.
+// Security associations get handles, and nothing is done to packets.
 //
 // Receive: filters by MAC, macvlans, broadcast, multicast hash (all four of
 // MCSTCTRL.MO), all-multicast, VLAN table, port VLAN and maximum frame; VLAN
@@ -129,8 +130,8 @@
 //
 // # Not modelled
 //
-// Low-latency interrupts, the legacy write-back's fragment checksum (0), IPsec,
-// DCA, time stamps, write-back thresholds, VLAN anti-spoofing, switching between
+// Low-latency interrupts, the legacy write-back's fragment checksum (0), what
+// IPsec does to packets, DCA, time stamps, write-back thresholds, VLAN anti-spoofing, switching between
 // VFs of one PF, and frames that wait for a link: what is sent while it is down
 // is lost.
 //

@@ -108,6 +108,7 @@ func TestMessages(t *testing.T) {
 		{"RETA", nil, [][]uint32{api(ixgbevf.API14)}, []uint32{ixgbevf.MsgGetRETA}, false, nil},
 		{"RSS key", nil, [][]uint32{api(ixgbevf.API14)}, []uint32{ixgbevf.MsgGetRSSKey}, false, nil},
 		{"IPsec", nil, [][]uint32{api(ixgbevf.API14)}, []uint32{ixgbevf.MsgIPsecAdd}, false, nil},
+		{"IPsec without trust", func(c *Config) { c.Associations = 2 }, [][]uint32{api(ixgbevf.API14)}, []uint32{ixgbevf.MsgIPsecAdd}, false, nil},
 		{"link state", nil, [][]uint32{api(ixgbevf.API12)}, []uint32{ixgbevf.MsgGetLinkState}, true, []uint32{1}},
 		{"PF link state", nil, [][]uint32{api(ixgbevf.API16)}, []uint32{ixgbevf.MsgGetPFLinkState}, false, nil},
 		{"features", func(c *Config) { c.Features = ixgbevf.FeatureIPsec }, [][]uint32{api(ixgbevf.API17)}, []uint32{ixgbevf.MsgFeaturesNegotiate, 3}, true, []uint32{1}},
@@ -248,4 +249,67 @@ func TestAdminErrors(t *testing.T) {
 	if r := d.reset(); r[0] != ixgbevf.MsgReset|ixgbevf.MsgNACK {
 		t.Errorf("RESET: reply %#x after the admin MAC was taken back", r[0])
 	}
+}
+
+// A trusted VF's security associations get handles by direction, up to as many
+// as the PF takes, and a reset drops them.
+func TestAssociations(t *testing.T) {
+	d := newDriver(t, func(c *Config) { c.Associations = 3 })
+	d.v.SetTrust(true)
+	d.reset()
+	add := func(direction, want uint32) {
+		t.Helper()
+		if got := d.must(ixgbevf.MsgIPsecAdd, 0x1234, direction)[1]; got != want {
+			t.Errorf("handle %d, want %d", got, want)
+		}
+	}
+	add(1, 0)
+	add(1, 1)
+	add(2, 1024)
+	d.refused(ixgbevf.MsgIPsecAdd, 0x1234, 1)
+	d.must(ixgbevf.MsgIPsecDel, 0)
+	d.must(ixgbevf.MsgIPsecDel, 0)
+	if got := d.v.Stats().PF.Associations; got != 2 {
+		t.Errorf("%d associations, want 2", got)
+	}
+	add(1, 0)
+	d.reset()
+	if got := d.v.Stats().PF.Associations; got != 0 {
+		t.Errorf("%d associations after a reset", got)
+	}
+}
+
+// What the PF does by itself shows in the mailbox, and in what passes.
+func TestPFByItself(t *testing.T) {
+	d := newDriver(t, nil)
+	d.up()
+	told := func(cts uint32) {
+		t.Helper()
+		if d.v.Read(ixgbevf.VFMAILBOX)&ixgbevf.MailboxPFSTS == 0 || d.v.Read(ixgbevf.VFMBMEM) != ixgbevf.MsgPFControl|cts {
+			t.Errorf("the VF was told %#x", d.v.Read(ixgbevf.VFMBMEM))
+		}
+	}
+	received := func(want uint64) {
+		t.Helper()
+		d.v.Receive(frame(guestMAC, peerMAC, 60))
+		if got := d.v.Stats().Received; got != want {
+			t.Errorf("received %d frames, want %d", got, want)
+		}
+	}
+	d.v.Ping()
+	told(ixgbevf.MsgCTS)
+	received(1)
+	d.v.SetLink(false)
+	told(ixgbevf.MsgCTS)
+	if d.v.Read(ixgbevf.VFLINKS)&ixgbevf.LinksUp != 0 {
+		t.Error("the link is up")
+	}
+	received(1)
+	d.v.SetLink(true)
+	told(ixgbevf.MsgCTS)
+	received(2)
+	d.v.ResetPF()
+	told(0)
+	received(2)
+	d.refused(ixgbevf.MsgSetVLAN|1<<16, 5)
 }

@@ -28,22 +28,24 @@ type pf struct {
 	vfre, vfte bool
 	api        uint32
 	// mac is remembered over resets; macOn tells that its filter is installed.
-	mac        macAddr
-	macOn      bool
-	adminMAC   bool
-	macvlans   []macAddr
-	vlans      map[uint16]bool
-	portVLAN   uint16
-	multicast  []uint16
-	xcast      uint32
-	bam        bool // receive broadcast
-	rompe      bool // receive what hits the multicast table
-	mpe        bool // receive all multicast
-	aupe       bool // receive untagged frames
-	qde        bool // queues drop what finds no descriptor
-	maxFrame   uint32
-	trusted    bool
-	spoofCheck bool
+	mac       macAddr
+	macOn     bool
+	adminMAC  bool
+	macvlans  []macAddr
+	vlans     map[uint16]bool
+	portVLAN  uint16
+	multicast []uint16
+	xcast     uint32
+	bam       bool // receive broadcast
+	rompe     bool // receive what hits the multicast table
+	mpe       bool // receive all multicast
+	aupe      bool // receive untagged frames
+	qde       bool // queues drop what finds no descriptor
+	maxFrame  uint32
+	// associations has the handles of security associations.
+	associations map[uint32]bool
+	trusted      bool
+	spoofCheck   bool
 }
 
 func (p *pf) powerOn(cfg Config) {
@@ -60,7 +62,7 @@ func (p *pf) powerOn(cfg Config) {
 func (p *pf) wipe() {
 	p.vlans = map[uint16]bool{p.portVLAN: true}
 	p.bam, p.aupe = true, p.portVLAN == 0
-	p.multicast, p.macvlans, p.macOn = nil, nil, false
+	p.multicast, p.macvlans, p.macOn, p.associations = nil, nil, false, nil
 	p.api = ixgbevf.API10
 }
 
@@ -138,6 +140,12 @@ func (p *pf) handle(cfg Config, id uint32, m *[ixgbevf.MailboxWords]uint32) bool
 		}
 		m[1] = 1
 		return true
+	case ixgbevf.MsgIPsecAdd:
+		return p.addAssociation(cfg, m)
+	case ixgbevf.MsgIPsecDel:
+		// Asking for what is not there is no error.
+		delete(p.associations, m[1])
+		return p.trusted
 	case ixgbevf.MsgFeaturesNegotiate:
 		if !p.atLeast(ixgbevf.API17) {
 			return false
@@ -145,8 +153,8 @@ func (p *pf) handle(cfg Config, id uint32, m *[ixgbevf.MailboxWords]uint32) bool
 		m[1] &= cfg.Features
 		return true
 	}
-	// GET_RETA and GET_RSS_KEY need the administrator's leave, IPsec is not
-	// offloaded, GET_PF_LINK_STATE is another device's.
+	// GET_RETA and GET_RSS_KEY need the administrator's leave,
+	// GET_PF_LINK_STATE is another device's.
 	return false
 }
 
@@ -162,6 +170,34 @@ func (p *pf) setMAC(a macAddr) bool {
 	p.mac, p.macOn = a, true
 	return true
 }
+
+// addAssociation puts the handle of a security association in the place of its
+// SPI. The parts of the request that say what to do to packets are left alone.
+func (p *pf) addAssociation(cfg Config, m *[ixgbevf.MailboxWords]uint32) bool {
+	if !p.trusted || len(p.associations) >= cfg.Associations {
+		return false
+	}
+	if p.associations == nil {
+		p.associations = make(map[uint32]bool)
+	}
+	handle := uint32(0)
+	if m[2]&0xff == associationOut {
+		handle = firstOut
+	}
+	for p.associations[handle] {
+		handle++
+	}
+	p.associations[handle] = true
+	m[1] = handle
+	return true
+}
+
+// Of a security association: the direction in its request, and the first handle
+// of those that are for sending.
+const (
+	associationOut = 2
+	firstOut       = 1024
+)
 
 func (p *pf) setMulticast(n int, words []uint32) {
 	p.multicast = nil
@@ -276,7 +312,7 @@ func (p *pf) snapshot() PFState {
 		VLANs:    slices.Sorted(maps.Keys(p.vlans)),
 		PortVLAN: p.portVLAN, Multicast: slices.Clone(p.multicast), XcastMode: p.xcast,
 		Broadcast: p.bam, MulticastHash: p.rompe, AllMulticast: p.mpe, Untagged: p.aupe,
-		MaxFrame: p.maxFrame, Trusted: p.trusted, SpoofCheck: p.spoofCheck,
+		Associations: len(p.associations), MaxFrame: p.maxFrame, Trusted: p.trusted, SpoofCheck: p.spoofCheck,
 	}
 	if p.macOn {
 		s.MAC = net.HardwareAddr(slices.Clone(p.mac[:]))

@@ -41,6 +41,9 @@ type driver struct {
 	// revoked tells that a PF no longer heeds the driver's messages, which does
 	// not know yet.
 	revoked bool
+	// associations are handles of security associations, also of such that are
+	// no longer there.
+	associations []uint32
 	// refusedMAC tells that a PF once refused a further address.
 	refusedMAC bool
 	// streams are TCP connections from which the guest receives.

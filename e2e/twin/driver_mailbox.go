@@ -110,7 +110,7 @@ func (g *guest) setMAC(station int) {
 // mailboxCall makes one of the calls a driver makes while it runs.
 func (g *guest) mailboxCall() {
 	info := func(n int) uint32 { return uint32(n) << ixgbevf.MsgInfoShift }
-	switch g.rng.IntN(13) {
+	switch g.rng.IntN(14) {
 	case 0, 1:
 		g.setMAC(g.rng.IntN(len(stations)))
 	case 2, 3:
@@ -141,7 +141,22 @@ func (g *guest) mailboxCall() {
 		g.call(ixgbevf.MsgFeaturesNegotiate, uint32(g.rng.IntN(4)))
 	case 12:
 		g.call(pick[uint32](g.rng, ixgbevf.MsgGetQueues, ixgbevf.MsgGetRETA, ixgbevf.MsgGetRSSKey, ixgbevf.MsgGetLinkState,
-			ixgbevf.MsgGetPFLinkState, ixgbevf.MsgIPsecAdd), 0, 0, 0, 0)
+			ixgbevf.MsgGetPFLinkState), 0, 0, 0, 0)
+	case 13:
+		g.association()
+	}
+}
+
+// association adds or removes a security association, now and then one that is
+// not there. A guest that has one cannot be moved: most soon have none.
+func (g *guest) association() {
+	if n := len(g.associations); n > 0 && chance(g.rng, 3, 4) {
+		g.call(ixgbevf.MsgIPsecDel, g.associations[n-1-g.rng.IntN(min(n, 3))])
+		return
+	}
+	reply := g.call(ixgbevf.MsgIPsecAdd, g.rng.Uint32(), 1+uint32(g.rng.IntN(2))|50<<8|2<<16, 10, 0, 0, 0, 1, 2, 3, 4, 5)
+	if agreed(reply) {
+		g.associations = append(g.associations, reply[1])
 	}
 }
 

@@ -185,7 +185,11 @@ func (m *mover) target() *silicon {
 
 // poorTarget makes a VF that must refuse the guest, nil if there is none.
 func (m *mover) poorTarget(b *twin) *silicon {
-	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF, m.guest.told)
+	known := m.guest.told
+	if m.inFlight {
+		known = told{} // the answer that is under way may change it
+	}
+	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF, known)
 	if err != nil {
 		fail("a VF cannot be provisioned: %v", err)
 	}
@@ -214,7 +218,11 @@ func (m *mover) move() {
 	b := g.twins[1]
 	m.want = ""
 	var target *silicon
-	if chance(m.rng, 1, 8) {
+	associated := b.vf.Stats().PF.Associations > 0
+	switch {
+	case associated:
+		m.want = compsc.ReasonNotMigratable // no PF can be made to choose the same handles
+	case chance(m.rng, 1, 8):
 		target = m.poorTarget(b)
 	}
 	if target == nil {
@@ -222,7 +230,7 @@ func (m *mover) move() {
 	}
 	name := target.name
 	moved, causes := m.migrate(target)
-	if !moved && m.want == "" {
+	if !moved && (m.want == "" || associated) {
 		m.spare = append(m.spare, target)
 	}
 	if moved && m.want != "" {

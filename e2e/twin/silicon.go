@@ -218,6 +218,7 @@ func newFleet(r *rand.Rand) *fleet {
 	cfg.Coalescing = chance(r, 3, 4)
 	cfg.Features = uint32(r.IntN(4))
 	cfg.APIs = pick(r, apis...)
+	cfg.Associations = pick(r, 0, 0, 3)
 	if chance(r, 1, 4) {
 		cfg.PFMaxFrame = 9014
 	}

@@ -15,6 +15,9 @@ const (
 	// maxMACVLANs bounds the list of further addresses. An 82599 has 128
 	// address filters for all of its functions together.
 	maxMACVLANs = 128
+	// maxAssociations is how many security associations an 82599 has for both
+	// directions and all of its functions together.
+	maxAssociations = 2048
 	// maxVLANs is the number of VLAN ids there are.
 	maxVLANs = 4096
 )
@@ -48,8 +51,11 @@ type Log struct {
 	// listed tells that the list was set after the mode: the PF receives by
 	// its table then even in mode NONE.
 	listed bool
-	// ipsec counts security associations the PF holds for the guest.
-	ipsec uint16
+	// ipsec counts security associations the PF holds for the guest. Of those
+	// that were added since the record was last read from its encoding,
+	// associations has the handles.
+	ipsec        uint16
+	associations []uint32
 	// unknown is the id of the first operation this package cannot read but
 	// the PF acknowledged, 0 for none.
 	unknown uint16
@@ -171,9 +177,9 @@ func (l *Log) acknowledged(id uint32, request, reply []uint32) {
 	case MsgFeaturesNegotiate:
 		l.features = &modeRequest{request[1], reply[1]}
 	case MsgIPsecAdd:
-		l.ipsec = min(l.ipsec, ^uint16(0)-1) + 1
+		l.addAssociation(reply)
 	case MsgIPsecDel:
-		l.ipsec = max(l.ipsec, 1) - 1
+		l.removeAssociation(request)
 	case MsgGetRETA, MsgGetRSSKey, MsgGetLinkState, MsgGetPFLinkState:
 		// Questions: they leave nothing behind in the PF.
 	default:
@@ -195,6 +201,25 @@ func (l *Log) setXcast(m modeRequest) {
 	l.xcast, l.xcastNow, l.listed = &m, true, false
 	if l.api != nil {
 		l.xcastAPI = *l.api
+	}
+}
+
+func (l *Log) addAssociation(reply []uint32) {
+	l.ipsec = min(l.ipsec, ^uint16(0)-1) + 1
+	if len(reply) > 1 && len(l.associations) < maxAssociations {
+		l.associations = append(l.associations, reply[1])
+	}
+}
+
+// removeAssociation counts only what is known to have been there: the PF driver
+// also acknowledges the removal of what is not (ixgbe_ipsec_vf_del_sa).
+func (l *Log) removeAssociation(request []uint32) {
+	if len(request) < 2 {
+		return
+	}
+	if i := slices.Index(l.associations, request[1]); i >= 0 {
+		l.associations = slices.Delete(l.associations, i, i+1)
+		l.ipsec--
 	}
 }
 

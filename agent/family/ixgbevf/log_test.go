@@ -257,6 +257,18 @@ func TestNotMigratable(t *testing.T) {
 			did(l, []uint32{MsgIPsecDel})
 			did(l, []uint32{MsgIPsecAdd})
 		}, "IPsec"},
+		{"IPsec removed twice", func(l *Log) {
+			did(l, []uint32{MsgIPsecAdd}, 7)
+			did(l, []uint32{MsgIPsecAdd}, 8)
+			did(l, []uint32{MsgIPsecDel, 7})
+			did(l, []uint32{MsgIPsecDel, 7})
+		}, "IPsec"},
+		{"IPsec removed after all", func(l *Log) {
+			did(l, []uint32{MsgIPsecAdd}, 7)
+			did(l, []uint32{MsgIPsecAdd}, 8)
+			did(l, []uint32{MsgIPsecDel, 8})
+			did(l, []uint32{MsgIPsecDel, 7})
+		}, ""},
 		{"IPsec refused", func(l *Log) { refused(l, MsgIPsecAdd) }, ""},
 		{"unknown message", func(l *Log) { did(l, []uint32{0x77}) }, "0x0077"},
 		{"unknown message refused", func(l *Log) { refused(l, 0x77) }, ""},
