@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +109,30 @@ func TestContextsOfQueueThatIsOffMove(t *testing.T) {
 	if target.regs[ixgbevf.VFTDLEN(0)] != 0 || target.regs[ixgbevf.VFTXDCTL(0)]&ixgbevf.QueueEnable != 0 || target.regs[ixgbevf.VFTDH(0)] != 20 {
 		t.Errorf("length %d, control %#x, head %d, want it off as it was",
 			target.regs[ixgbevf.VFTDLEN(0)], target.regs[ixgbevf.VFTXDCTL(0)], target.regs[ixgbevf.VFTDH(0)])
+	}
+}
+
+// While the guest is within a reset the PF lets no VF send, also where there is
+// something to replay: the slots are not waited for.
+func TestContextsWithinAReset(t *testing.T) {
+	source, target := newFake(), usedTarget()
+	v, w := newMemoryVF(source), newMemoryVF(target)
+	_ = source.mem.WriteAt(txBase+16*3, contextDescriptor(1, 5))
+	boot(t, v, source)
+	v.GuestWrite(ixgbevf.VFCTRL, ixgbevf.CtrlRST)
+	v.GuestRead(ixgbevf.VFMAILBOX)
+	s := capture(t, v)
+	if len(s.Queues[2].Contexts) == 0 {
+		t.Fatal("the state has no contexts")
+	}
+	target.writes = nil
+	report, err := w.Restore(context.Background(), s)
+	if err != nil || report.ReplayedOperations == 0 {
+		t.Fatalf("replayed %d operations: %v", report.ReplayedOperations, err)
+	}
+	lengths := slices.DeleteFunc(target.writes, func(off uint32) bool { return off != ixgbevf.VFTDLEN(0) })
+	if len(lengths) != 1 {
+		t.Errorf("the length of the ring was written %d times, want once: another ring was put there to load contexts", len(lengths))
 	}
 }
 
