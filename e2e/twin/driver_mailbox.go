@@ -38,6 +38,7 @@ func (g *guest) call(words ...uint32) []uint32 {
 	for i, w := range words {
 		g.write(ixgbevf.VFMBMEM+4*uint32(i), w)
 	}
+	g.forget(words[0] & ixgbevf.MsgIDMask)
 	g.write(ixgbevf.VFMAILBOX, ixgbevf.MailboxREQ)
 	if !g.awaitMailbox(ixgbevf.MailboxPFACK) || !g.awaitMailbox(ixgbevf.MailboxPFSTS) {
 		return nil
@@ -51,11 +52,20 @@ func (g *guest) call(words ...uint32) []uint32 {
 	return reply
 }
 
+// forget drops what a message that is about to be sent may change: the twin may
+// move before the answer is known.
+func (g *guest) forget(id uint32) {
+	switch id {
+	case ixgbevf.MsgReset:
+		g.told = told{}
+	case ixgbevf.MsgFeaturesNegotiate:
+		g.told.asked = 0
+	}
+}
+
 // note remembers what the PF has told.
 func (g *guest) note(request, reply []uint32) {
 	switch id := request[0] & ixgbevf.MsgIDMask; {
-	case id == ixgbevf.MsgReset:
-		g.told = told{}
 	case !agreed(reply):
 		g.refusedMAC = g.refusedMAC || id == ixgbevf.MsgSetMACVLAN
 	case id == ixgbevf.MsgGetQueues:

@@ -185,11 +185,7 @@ func (m *mover) target() *silicon {
 
 // poorTarget makes a VF that must refuse the guest, nil if there is none.
 func (m *mover) poorTarget(b *twin) *silicon {
-	known := m.guest.told
-	if m.inFlight {
-		known = told{} // the answer that is under way may change it
-	}
-	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF, known)
+	s, reason, err := m.fleet.buildPoor(m.rng, b.vf.Stats().PF, m.guest.told)
 	if err != nil {
 		fail("a VF cannot be provisioned: %v", err)
 	}
