@@ -313,3 +313,26 @@ func TestLadder(t *testing.T) {
 		})
 	}
 }
+
+// A guest that asks for heads to be written back while its ring is relayed gets
+// none before the device is through with the next packet that asks for it.
+func TestHeadsAskedForUnderARelay(t *testing.T) {
+	spoil := func(c *model.Config) { c.WritableTXHead, c.HeadsPersistAcrossDisable = false, false }
+	g := &traveller{guest: &guest{t: t, mem: &guestMemory{data: make([]byte, 1<<20)}}, irq: make(chan struct{}, 1), out: make(wire, 64)}
+	g.srrctl = oneBuffer
+	g.attach(spoil)
+	g.boot()
+	g.send(1)
+	if got := g.hop(spoil); !strings.Contains(got, compsc.HeadsShadowRing) {
+		t.Fatalf("strategy %q", got)
+	}
+	g.send(1)
+	g.vf.GuestWrite(ixgbevf.VFTDWBAH(0), 0)
+	g.vf.GuestWrite(ixgbevf.VFTDWBAL(0), headWB|1)
+	g.vf.Interrupt(0)
+	if got := g.get(headWB); got != 0 {
+		t.Errorf("head %d was written back that nobody asked for", got)
+	}
+	g.wb = true
+	g.send(1)
+}

@@ -288,8 +288,8 @@ func (v *VF) collectTX(r *ring) (told bool, err error) {
 			return false, err
 		}
 		at := binary.LittleEndian.Uint32(b[:])
-		if at == rel.told || at > rel.given {
-			return false, nil
+		if at <= rel.told || at > rel.given {
+			return false, nil // none that the guest has not been told of, since it asked for heads
 		}
 		binary.LittleEndian.PutUint32(b[:], rel.at(at))
 		if err := v.o.Memory.WriteAt(uint64(rel.regs[r.WBAH])<<32|uint64(low&^3), b[:]); err != nil {
