@@ -114,7 +114,7 @@ func TestImageIsReproducible(t *testing.T) {
 	version := versionOf(t, s.Compsc)
 	made, err := os.ReadFile(s.Compsc)
 	check(t, err)
-	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64} {
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
 		t.Run(arch, func(t *testing.T) {
 			first := compile(t, s, t.TempDir(), arch, version)
 			second := compile(t, s, filepath.Join(t.TempDir(), "to", "another", "directory"), arch, version)

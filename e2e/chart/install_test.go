@@ -8,15 +8,22 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/api/v1alpha1"
@@ -87,6 +94,7 @@ func TestInstallation(t *testing.T) {
 		{"upgrade, process by process", (*world).upgrade},
 		{"metrics", (*world).metrics},
 		{"KubeVirt learns of the binding", (*world).binding},
+		{"kubectl", (*world).kubectl},
 		{"rights of the manager", (*world).managerRights},
 		{"an agent writes for its node only", (*world).agentBoundaries},
 		{"certificates are for the own node only", (*world).certificateBoundaries},
@@ -277,6 +285,7 @@ func (w *world) uninstall(t *testing.T) {
 		check(t, err)
 		ended(t, ctx, p)
 	}
+	w.leftovers(t, ctx)
 	after := &v1alpha1.VFMigrationList{}
 	check(t, w.h.Client().List(ctx, after))
 	if len(after.Items) == 0 || len(after.Items) != len(before.Items) {
@@ -289,4 +298,38 @@ func (w *world) uninstall(t *testing.T) {
 	// It can be installed again over what is kept.
 	_, err = w.helm(ctx, append([]string{"install", helm.Release, w.set.Chart, "--dry-run=server"}, w.values()...)...)
 	check(t, err)
+}
+
+// leftovers: what docs/operating.md lists is left in the namespace, and nothing else.
+func (w *world) leftovers(t *testing.T, ctx context.Context) {
+	t.Helper()
+	want := []string{"ConfigMap " + v1alpha1.TrustConfigMap, "Lease agent-a", "Lease agent-b", "Lease manager.compsc.io", "Secret " + v1alpha1.AuthoritySecret}
+	var got []string
+	for kind, list := range map[string]client.ObjectList{
+		"Secret": &corev1.SecretList{}, "ConfigMap": &corev1.ConfigMapList{}, "Lease": &coordinationv1.LeaseList{}, "Service": &corev1.ServiceList{},
+		"ServiceAccount": &corev1.ServiceAccountList{}, "Role": &rbacv1.RoleList{}, "RoleBinding": &rbacv1.RoleBindingList{},
+		"NetworkPolicy": &networkingv1.NetworkPolicyList{}, "PodDisruptionBudget": &policyv1.PodDisruptionBudgetList{},
+		"Deployment": &appsv1.DeploymentList{}, "DaemonSet": &appsv1.DaemonSetList{},
+	} {
+		check(t, w.h.Client().List(ctx, list, client.InNamespace(namespace)))
+		check(t, meta.EachListItem(list, func(o runtime.Object) error {
+			// The test made the rights of its user.
+			if name := o.(client.Object).GetName(); !strings.HasPrefix(name, "compsc-user-") {
+				got = append(got, kind+" "+name)
+			}
+			return nil
+		}))
+	}
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("left after helm uninstall (-want +got):\n%s", diff)
+	}
+	page, err := os.ReadFile(filepath.Join(filepath.Dir(w.set.Config), "docs", "operating.md"))
+	check(t, err)
+	_, section, _ := strings.Cut(string(page), "\n## Uninstall\n")
+	for _, name := range []string{v1alpha1.TrustConfigMap, v1alpha1.AuthoritySecret, "leases"} {
+		if !strings.Contains(section, name) {
+			t.Errorf("docs/operating.md does not say that %s is left", name)
+		}
+	}
 }

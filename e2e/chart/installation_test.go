@@ -150,7 +150,7 @@ func (i *installation) start(ctx context.Context, what string, template *corev1.
 		return nil, fmt.Errorf("pod of %s: %w", what, err)
 	}
 	i.pods[what] = pod
-	kubeconfig, err := i.kubeconfig(ctx, pod.Name, pod.Spec.ServiceAccountName, pod)
+	kubeconfig, err := i.kubeconfig(ctx, pod.Name, namespace, pod.Spec.ServiceAccountName, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -177,10 +177,10 @@ func (i *installation) start(ctx context.Context, what string, template *corev1.
 	return append(args, "--kubeconfig", kubeconfig), nil
 }
 
-// kubeconfig writes one with a token of the service account, bound to the pod if
-// there is one, as the kubelet would ask for.
-func (i *installation) kubeconfig(ctx context.Context, name, account string, pod *corev1.Pod) (string, error) {
-	cfg, err := i.as(ctx, namespace, account, pod)
+// kubeconfig writes one of a name with a token of the service account, bound to
+// the pod if there is one, as the kubelet would ask for.
+func (i *installation) kubeconfig(ctx context.Context, name, ns, account string, pod *corev1.Pod) (string, error) {
+	cfg, err := i.as(ctx, ns, account, pod)
 	if err != nil {
 		return "", err
 	}
