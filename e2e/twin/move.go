@@ -102,10 +102,19 @@ type mover struct {
 // maybe moves the twin now and then.
 func (m *mover) maybe() {
 	if chance(m.rng, 1, 60) {
-		m.guest.compareWire()
-		m.guest.compareInterrupts()
+		m.account()
 		m.move()
 	}
+}
+
+// account compares what would be another after a move. A relay may have the
+// rest of what the guest has handed over still before it.
+func (m *mover) account() {
+	if m.guest.relayed() {
+		m.guest.catchUp()
+	}
+	m.guest.compareWire()
+	m.guest.compareInterrupts()
 }
 
 // maybeInFlight moves the twin while its device has something on its way out,
@@ -134,8 +143,7 @@ func (m *mover) aroundEvent(event func()) {
 		return
 	}
 	m.event, m.stage = event, m.rng.IntN(stages)
-	m.guest.compareWire()
-	m.guest.compareInterrupts()
+	m.account()
 	m.move()
 	if m.event != nil { // the move has not come that far
 		m.reach(m.stage)
