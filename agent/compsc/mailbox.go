@@ -62,6 +62,9 @@ func (v *VF) lookMailbox() uint32 {
 		message := v.readMailboxMemory()
 		if v.answers(v.mail.request, message) {
 			v.log.Completed(v.mail.request, message)
+			if v.mail.request[0]&v.box.IDMask == v.box.Reset {
+				v.followZeroed()
+			}
 			v.mail.request = nil
 		}
 	}

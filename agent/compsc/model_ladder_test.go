@@ -335,4 +335,11 @@ func TestHeadsAskedForUnderARelay(t *testing.T) {
 	}
 	g.wb = true
 	g.send(1)
+	// The PF turns it off with a RESET message.
+	g.message(ixgbevf.MsgReset)
+	if got := g.vf.GuestRead(ixgbevf.VFTDWBAL(0)); got != 0 {
+		t.Errorf("the guest reads %#x for where its heads go, want 0", got)
+	}
+	g.wb = false
+	g.send(1)
 }

@@ -117,6 +117,17 @@ func (v *VF) writeBackTo(r *ring) {
 	}
 }
 
+// followZeroed takes over that the PF has turned head write-back off, as ixgbe
+// does with every RESET message: relayed rings have it off for the guest too.
+func (v *VF) followZeroed() {
+	for _, q := range v.queues {
+		r := v.rings[q.Ctl]
+		if r.relay != nil && r.WBAL != 0 && r.relay.regs[r.WBAL] != 0 && v.b.Read(r.WBAL) == 0 {
+			r.relay.regs[r.WBAL], r.relay.regs[r.WBAH] = 0, v.b.Read(r.WBAH)
+		}
+	}
+}
+
 // show is what the guest finds in a register of a relayed queue.
 func (rel *relay) show(r *ring, off uint32) (uint32, bool) {
 	if off == r.Head {
