@@ -34,8 +34,13 @@ const (
 	// confirmed. KubeVirt takes up to 30 s to abort a running migration.
 	RollbackTimeout = 60 * time.Second
 	// FinishTimeout bounds the rest of a migration that is past its point of
-	// no return: verification, and KubeVirt's own conclusion.
-	FinishTimeout = 2 * time.Minute
+	// no return: verification, and KubeVirt's own conclusion. To fail sooner
+	// undoes nothing, and KubeVirt 1.8 may be that late: the event by which its
+	// target learns of the end can be overtaken by an older one, until
+	// virt-handler asks all domains again after 5 minutes
+	// (--domain-resync-period-seconds; pkg/virt-launcher/virtwrap/
+	// live-migration-target.go sends a copy of the domain from before).
+	FinishTimeout = 7 * time.Minute
 	// FailureGrace is how long the manager, once KubeVirt reports a failure,
 	// waits for an agent to tell the cause.
 	FailureGrace = 2 * time.Second

@@ -199,10 +199,10 @@ func TestNoEndPastThePointOfNoReturn(t *testing.T) {
 		arrange               func(*fixture)
 	}{
 		{"not verified in time", v1alpha1.ReasonTimeout,
-			"2m0s passed since the target took over the VFs while waiting for the agent of node node-b to verify the VFs; see the compsc agent's log on node node-b",
+			"7m0s passed since the target took over the VFs while waiting for the agent of node node-b to verify the VFs; see the compsc agent's log on node node-b",
 			reached(v1alpha1.ConditionRestored, virtv1.MigrationSucceeded), func(f *fixture) { f.late(FinishTimeout) }},
 		{"not finished in time", v1alpha1.ReasonTimeout,
-			"2m0s passed since the target took over the VFs while waiting for KubeVirt to finish VirtualMachineInstanceMigration move; the VM runs on node node-b",
+			"7m0s passed since the target took over the VFs while waiting for KubeVirt to finish VirtualMachineInstanceMigration move; the VM runs on node node-b",
 			reached(v1alpha1.ConditionVerified, virtv1.MigrationRunning), func(f *fixture) { f.late(FinishTimeout) }},
 		{"driver not seen", v1alpha1.ReasonRestoreFailed, "Verified: driver does not use the VF",
 			reached(v1alpha1.ConditionRestored, virtv1.MigrationRunning), func(f *fixture) {
