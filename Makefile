@@ -152,8 +152,8 @@ kubevirt-product:
 	@DEVICEPLUGIN=out/kubevirt/deviceplugin ARCH=amd64 go run ./hack/image e2e/deviceplugin/image.yaml out/kubevirt/deviceplugin.tar
 
 .PHONY: e2e-kubevirt
-e2e-kubevirt: kubevirt kubevirt-product helm ## Move VMs on real Kubernetes and KubeVirt (as root; minutes, half an hour at first).
-	@hack/test kubevirt $(TESTFLAGS)
+e2e-kubevirt: kubevirt kubevirt-product helm ## Move VMs on real Kubernetes and KubeVirt (as root; minutes, half an hour at first); ALL=1 for more.
+	@ALL=$(ALL) hack/test kubevirt $(TESTFLAGS)
 
 .PHONY: demo-kubevirt
 demo-kubevirt: kubevirt kubevirt-product helm ## The demo on real Kubernetes and KubeVirt (as root); KEEP=1 leaves it running.

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -91,10 +92,12 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	if err := s.installMultus(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.installKubeVirt(ctx); err != nil {
-		return nil, err
-	}
-	return s, s.installProduct(ctx)
+	// The product needs of KubeVirt what its operator makes first, its kinds; so
+	// both come up at the same time.
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.installKubeVirt(gctx) })
+	g.Go(func() error { return s.installProduct(gctx) })
+	return s, g.Wait()
 }
 
 // Close takes everything down. It may be called again.
@@ -193,11 +196,15 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 		Spec: kubevirtv1.KubeVirtSpec{
 			ImagePullPolicy: corev1.PullIfNotPresent,
 			Infra:           &kubevirtv1.ComponentConfig{Replicas: &replicas},
-			// Without KVM the node labeller has to be told what to ask libvirt for.
-			CustomizeComponents: kubevirtv1.CustomizeComponents{Patches: []kubevirtv1.CustomizeComponentsPatch{{
-				ResourceType: "DaemonSet", ResourceName: "virt-handler", Type: kubevirtv1.StrategicMergePatchType,
-				Patch: `{"spec":{"template":{"spec":{"initContainers":[{"name":"virt-launcher","env":[{"name":"PREFERRED_VIRTTYPE","value":"qemu"}]}]}}}}`,
-			}}},
+			CustomizeComponents: kubevirtv1.CustomizeComponents{
+				// Without KVM the node labeller has to be told what to ask libvirt for.
+				Patches: []kubevirtv1.CustomizeComponentsPatch{{
+					ResourceType: "DaemonSet", ResourceName: "virt-handler", Type: kubevirtv1.StrategicMergePatchType,
+					Patch: `{"spec":{"template":{"spec":{"initContainers":[{"name":"virt-launcher","env":[{"name":"PREFERRED_VIRTTYPE","value":"qemu"}]}]}}}}`,
+				}},
+				// KubeVirt 1.8 may miss the end of a migration until then (docs/limits.md).
+				Flags: &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "15"}},
+			},
 			Configuration: kubevirtv1.KubeVirtConfiguration{
 				ImagePullPolicy:        corev1.PullIfNotPresent,
 				DeveloperConfiguration: &kubevirtv1.DeveloperConfiguration{UseEmulation: true},

@@ -4,6 +4,7 @@ package kubevirt
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -17,6 +18,10 @@ import (
 
 // stack is what all tests work with, one after the other.
 var stack *Stack
+
+// all asks for what takes longer than one wants to wait each time: the product
+// replaced and taken away beneath a VM, and a VM without VFs.
+var all = flag.Bool("all", false, "test the product's upgrade and removal, and a VM without VFs, too")
 
 // startTimeout bounds the start of everything.
 const startTimeout = 20 * time.Minute

@@ -32,7 +32,10 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 			t.Fatal(err)
 		}
 		for i := range l.Items {
-			uids = append(uids, l.Items[i].UID)
+			// That of the Job which registered the binding has done its work.
+			if l.Items[i].Status.Phase != corev1.PodSucceeded {
+				uids = append(uids, l.Items[i].UID)
+			}
 		}
 		return uids
 	}

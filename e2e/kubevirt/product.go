@@ -2,20 +2,16 @@ package kubevirt
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/yaml"
 
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/helm"
@@ -28,15 +24,13 @@ const (
 	// resourceName is what VFs are announced as, in the sample network and in
 	// deploy/deviceplugin.yaml.
 	resourceName = "intel.com/intel_82599_vf"
-
-	productTimeout = 5 * time.Minute
 )
 
 // values are the chart's: our image, all that KubeVirt 1.8 has a use for, and
 // nodes with modelled VFs.
 var values = []string{
 	"--set", "image.repository=" + repository + ",image.tag=" + tag,
-	"--set", "kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
+	"--set", "kubevirt.binding.enabled=true,kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
 	"--set-json", `agent.modelPFs=["name=pf0,vfs=2,bridge=br0"]`,
 }
 
@@ -71,12 +65,9 @@ func (s *Stack) installMultus(ctx context.Context) error {
 // until it works: pods ready, VFs announced to the kubelet and in the nodes'
 // inventories.
 func (s *Stack) installProduct(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, productTimeout, errors.New("it took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, deployTimeout, errors.New("it took too long"))
 	defer cancel()
 	s.o.Progress("CompSC: manager, agents, network binding; device plugin")
-	if err := s.registerBinding(ctx); err != nil {
-		return fmt.Errorf("the network binding: %w", err)
-	}
 	root := s.o.Artifacts.Repository
 	for _, args := range [][]string{
 		{"create", "namespace", v1alpha1.SystemNamespace},
@@ -88,6 +79,13 @@ func (s *Stack) installProduct(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := s.Kube.Until(ctx, "the kind MigrationPolicy", func(ctx context.Context) (bool, error) {
+		crd := &metav1.PartialObjectMetadata{TypeMeta: metav1.TypeMeta{APIVersion: "apiextensions.k8s.io/v1", Kind: "CustomResourceDefinition"}}
+		err := s.Client().Get(ctx, client.ObjectKey{Name: "migrationpolicies.migrations.kubevirt.io"}, crd)
+		return err == nil, client.IgnoreNotFound(err)
+	}); err != nil {
+		return err
+	}
 	if err := s.Helm(ctx, append([]string{"install", helm.Release, s.o.Artifacts.Chart}, values...)...); err != nil {
 		return err
 	}
@@ -97,6 +95,16 @@ func (s *Stack) installProduct(ctx context.Context) error {
 		}
 	}
 	if err := s.AwaitProduct(ctx); err != nil {
+		return err
+	}
+	if err := s.Kube.Until(ctx, "KubeVirt to know the network binding", func(ctx context.Context) (bool, error) {
+		kv := &kubevirtv1.KubeVirt{}
+		if err := s.Client().Get(ctx, client.ObjectKey{Namespace: kubevirtNamespace, Name: "kubevirt"}, kv); err != nil {
+			return false, err
+		}
+		network := kv.Spec.Configuration.NetworkConfiguration
+		return network != nil && network.Binding[Binding].SidecarImage == image, nil
+	}); err != nil {
 		return err
 	}
 	return s.Kube.Until(ctx, "VFs on every node", func(ctx context.Context) (bool, error) {
@@ -131,30 +139,4 @@ func (s *Stack) FreeVFs(ctx context.Context, node string) (free int, err error) 
 		}
 	}
 	return free, nil
-}
-
-// registerBinding tells KubeVirt of our network binding as config/kubevirt
-// does, with the image that there is here.
-func (s *Stack) registerBinding(ctx context.Context) error {
-	b, err := os.ReadFile(filepath.Join(s.o.Artifacts.Repository, "config", "kubevirt", "binding", "kubevirt.yaml"))
-	if err != nil {
-		return err
-	}
-	kv := &kubevirtv1.KubeVirt{}
-	if err := yaml.UnmarshalStrict(b, kv); err != nil {
-		return err
-	}
-	bindings := kv.Spec.Configuration.NetworkConfiguration.Binding
-	ours, ok := bindings[Binding]
-	if !ok {
-		return fmt.Errorf("config/kubevirt registers no binding %s", Binding)
-	}
-	ours.SidecarImage = image
-	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"configuration": map[string]any{
-		"network": map[string]any{"binding": map[string]any{Binding: ours}},
-	}}})
-	if err != nil {
-		return err
-	}
-	return s.Client().Patch(ctx, kv, client.RawPatch(types.MergePatchType, patch))
 }
