@@ -32,8 +32,8 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 			t.Fatal(err)
 		}
 		for i := range l.Items {
-			// That of the Job which registered the binding has done its work.
-			if l.Items[i].Status.Phase != corev1.PodSucceeded {
+			// Those of the Job which registered the binding have ended, and stay.
+			if p := l.Items[i].Status.Phase; p != corev1.PodSucceeded && p != corev1.PodFailed {
 				uids = append(uids, l.Items[i].UID)
 			}
 		}
