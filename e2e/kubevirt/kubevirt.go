@@ -203,7 +203,7 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 					Patch: `{"spec":{"template":{"spec":{"initContainers":[{"name":"virt-launcher","env":[{"name":"PREFERRED_VIRTTYPE","value":"qemu"}]}]}}}}`,
 				}},
 				// KubeVirt 1.8 may miss the end of a migration until then (docs/limits.md).
-				Flags: &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "15"}},
+				Flags: &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "2"}},
 			},
 			Configuration: kubevirtv1.KubeVirtConfiguration{
 				ImagePullPolicy:        corev1.PullIfNotPresent,
