@@ -11,14 +11,20 @@ import (
 	"time"
 )
 
-// repeatAfter is how long a client waits for an answer before it asks again.
-const repeatAfter = time.Second
+const (
+	// repeatAfter is how long a client waits for an answer before it asks again,
+	// patience how long a patient one does.
+	repeatAfter, patience = time.Second, 20 * time.Second
+	// writeTimeout bounds the writing of a line.
+	writeTimeout = time.Second
+)
 
 // Client speaks to a guest. It is safe for concurrent use.
 type Client struct {
-	conn net.Conn
-	done chan struct{} // closed when the reader has ended, err is set then
-	err  error
+	conn   net.Conn
+	repeat time.Duration
+	done   chan struct{} // closed when the reader has ended, err is set then
+	err    error
 
 	writing sync.Mutex
 
@@ -29,10 +35,17 @@ type Client struct {
 
 // NewClient speaks over conn, the socket of the guest's second serial port,
 // and owns it until Close. The guest need not run yet.
-func NewClient(conn net.Conn) *Client {
+func NewClient(conn net.Conn) *Client { return newClient(conn, repeatAfter) }
+
+// NewPatientClient is NewClient for a guest that takes many seconds to answer,
+// which repeated requests would keep busy.
+func NewPatientClient(conn net.Conn) *Client { return newClient(conn, patience) }
+
+func newClient(conn net.Conn, repeat time.Duration) *Client {
 	c := &Client{
-		conn: conn,
-		done: make(chan struct{}),
+		conn:   conn,
+		repeat: repeat,
+		done:   make(chan struct{}),
 		// Another client may have used this line and left answers in it.
 		next:    rand.Uint64(),
 		waiting: map[uint64]chan Response{},
@@ -71,7 +84,7 @@ func (c *Client) read() {
 	}
 }
 
-// Call sends a request, repeating it each second, until it is answered or ctx
+// Call sends a request, repeating it now and then, until it is answered or ctx
 // ends. It sets the request's ID. An answer with an error is an error.
 func (c *Client) Call(ctx context.Context, request Request) (Response, error) {
 	answer := make(chan Response, 1)
@@ -89,7 +102,7 @@ func (c *Client) Call(ctx context.Context, request Request) (Response, error) {
 	if err != nil {
 		return Response{}, fmt.Errorf("guest %s: %w", request.Op, err)
 	}
-	repeat := time.NewTicker(repeatAfter)
+	repeat := time.NewTicker(c.repeat)
 	defer repeat.Stop()
 	for {
 		if err := c.write(line); err != nil {
@@ -115,7 +128,7 @@ func (c *Client) Call(ctx context.Context, request Request) (Response, error) {
 func (c *Client) write(line []byte) error {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	if err := c.conn.SetWriteDeadline(time.Now().Add(repeatAfter)); err != nil {
+	if err := c.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
 	}
 	_, err := c.conn.Write(line)

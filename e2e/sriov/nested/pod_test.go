@@ -220,7 +220,7 @@ func (p *pod) guest(bound time.Duration, do func(context.Context, *proto.Client)
 	defer cancel()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(p.domain, "agent.sock"))
 	p.must(err)
-	c := proto.NewClient(conn)
+	c := proto.NewPatientClient(conn)
 	defer c.Close()
 	p.must(do(ctx, c))
 }
