@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -24,9 +25,12 @@ import (
 // another.
 const PFs = 2
 
-// WireMAC is the address of the node's own port to the wire of its cards, an
-// interface that is no card.
+// WireMAC is the address of the own port of a node that is alone to the wire of
+// its cards, an interface that is no card.
 const WireMAC = "52:54:00:c5:01:00"
+
+// WireMACOf is that of the node with the number.
+func WireMACOf(number int) string { return fmt.Sprintf("52:54:00:c5:%02x:00", 2*number+1) }
 
 // Config describes a node and its job.
 type Config struct {
@@ -38,6 +42,11 @@ type Config struct {
 	Memory int
 	// KVM gives the node's processors what KVM needs.
 	KVM bool
+	// Number tells nodes on one wire apart: 0 for one that is alone.
+	Number int
+	// Wire, if set, is a tap device that the wire of the node's cards goes on to;
+	// the caller closes it.
+	Wire *os.File
 	// Files are put into job.Dir: paths by name.
 	Files map[string]string
 	// Job is the program to run.
@@ -54,6 +63,7 @@ type Node struct {
 	keep   string // where the console goes
 	qemu   *exec.Cmd
 	errs   strings.Builder
+	ended  chan error // gets one value when QEMU has ended
 	copied chan error // gets one value when all output was copied
 }
 
@@ -64,7 +74,7 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{dir: dir, keep: c.Console, copied: make(chan error, 1)}
+	n := &Node{dir: dir, keep: c.Console, ended: make(chan error, 1), copied: make(chan error, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, os.RemoveAll(dir))
@@ -86,7 +96,10 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	}
 	defer to.Close()
 	n.qemu.ExtraFiles = []*os.File{to}
-	if err := n.qemu.Start(); err != nil {
+	if c.Wire != nil {
+		n.qemu.ExtraFiles = append(n.qemu.ExtraFiles, c.Wire)
+	}
+	if err := n.start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("QEMU: %w", err), from.Close())
 	}
 	go func() {
@@ -94,6 +107,21 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 		n.copied <- errors.Join(err, from.Close())
 	}()
 	return n, nil
+}
+
+// start starts QEMU on a thread that lives as long as it does: the kernel kills
+// it with the thread that started it, and one may end before the process does.
+func (n *Node) start() error {
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		err := n.qemu.Start()
+		started <- err
+		if err == nil {
+			n.ended <- n.qemu.Wait()
+		}
+	}()
+	return <-started
 }
 
 // fill puts what the node reads into its directory, which is below QEMU's root.
@@ -148,6 +176,8 @@ func (c Config) arguments(dir string) []string {
 		"-device", "intel-iommu,intremap=on,caching-mode=off",
 		"-kernel", dir + "/vmlinuz", "-initrd", dir + "/initrd",
 		"-append", "console=ttyS0 panic=-1 nokaslr mitigations=off intel_iommu=on log_buf_len=4M " +
+			// Ten ticks come late on a busy machine, and the kernel panics.
+			"no_timer_check " +
 			// What costs time and tests nothing here.
 			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1",
 		"-serial", "file:" + dir + "/console",
@@ -157,12 +187,15 @@ func (c Config) arguments(dir string) []string {
 		"-virtfs", "local,id=job,path=" + dir + "/job,mount_tag=" + job.DirTag + ",security_model=none,readonly=on",
 		"-virtfs", "local,id=tree,path=/,mount_tag=" + job.TreeTag + ",security_model=none,readonly=on",
 	}
-	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMAC)
+	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMACOf(c.Number))
+	if c.Wire != nil {
+		args = append(args, "-netdev", "tap,id=outside,fd=4", "-netdev", "hubport,hubid=0,id=onward,netdev=outside")
+	}
 	for i := range PFs {
 		args = append(args,
 			"-device", fmt.Sprintf("pcie-root-port,id=port%d,chassis=%d,slot=%d,bus=pcie.0", i, i+1, i+1),
 			"-netdev", fmt.Sprintf("hubport,hubid=0,id=uplink%d", i),
-			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:00:%02x,romfile=", i, i, i+1))
+			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:%02x:%02x,romfile=", i, i, 2*c.Number, i+1))
 	}
 	return args
 }
@@ -170,7 +203,7 @@ func (c Config) arguments(dir string) []string {
 // Wait waits until the node has ended, and removes what it left. The error is
 // nil if the node's program ran and was watched, however it ended.
 func (n *Node) Wait() (job.Status, error) {
-	end := errors.Join(n.qemu.Wait(), <-n.copied)
+	end := errors.Join(<-n.ended, <-n.copied)
 	s, err := n.status()
 	if n.keep != "" {
 		err = errors.Join(err, place(filepath.Join(n.dir, "console"), n.keep))
