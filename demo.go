@@ -4,6 +4,9 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -21,6 +24,8 @@ func init() {
 		}
 		var fault string
 		c.Flags().StringVar(&fault, "fault", "", "inject a fault: corrupt-state, no-marking, filters-taken")
+		var marked string
+		c.Flags().StringVar(&marked, "marked-pages", "", "directory for a file for each migration and interface, with the addresses of the pages that were marked")
 		run := c.RunE
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			switch fault {
@@ -34,7 +39,24 @@ func init() {
 			default:
 				return fmt.Errorf("--fault: %q is not known", fault)
 			}
+			if marked != "" {
+				deviceOptions.Marked = func(migration, iface string, pages []uint64) error {
+					return writePages(filepath.Join(marked, migration+"-"+iface), pages)
+				}
+			}
 			return run(cmd, args)
 		}
 	})
+}
+
+// writePages writes addresses, one a line, and not before all are there.
+func writePages(path string, pages []uint64) error {
+	var b []byte
+	for _, addr := range pages {
+		b = append(strconv.AppendUint(b, addr, 16), '\n')
+	}
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }

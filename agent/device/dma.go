@@ -155,5 +155,12 @@ func (i *iface) markPages(ctx context.Context) (uint64, error) {
 		}
 		n++
 	}
-	return n, i.server.Fence(ctx, pages[0])
+	if err := i.server.Fence(ctx, pages[0]); err != nil {
+		return n, err
+	}
+	if i.p.opts.Marked != nil {
+		_, uid := i.p.current()
+		return n, i.p.opts.Marked(uid, i.cfg.Name, pages)
+	}
+	return n, nil
 }

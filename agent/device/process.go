@@ -63,6 +63,9 @@ type Options struct {
 	Log *slog.Logger
 	// Faults are injected for tests of the tests.
 	Faults Faults
+	// Marked, if set, is told which pages of an interface's guest memory were
+	// marked, at the end of each capture; for tests.
+	Marked func(migration, iface string, pages []uint64) error
 }
 
 // Faults make a device process misbehave. Only builds that are not shipped

@@ -37,7 +37,10 @@ type job struct {
 	// when the target has everything and is about to start the VM; both
 	// domains are set then.
 	copying, loaded chan struct{}
-	src, dst        *domain
+	// observed is closed once both domains are set, stopped when the source's VM
+	// has stopped for a migration that is held InPreSwitchover.
+	observed, stopped chan struct{}
+	src, dst          *domain
 	// performed is closed when libvirt's call has returned.
 	performed chan struct{}
 
@@ -87,6 +90,29 @@ func (s *StandIn) Copying(migration types.UID) bool {
 // Domains are the QEMU processes of a migration.
 type Domains struct{ SourcePID, TargetPID int }
 
+// Stopped returns the two QEMUs of a migration that is held InPreSwitchover, once
+// the VM has stopped on the source, and its last pages are still to be sent.
+func (s *StandIn) Stopped(migration types.UID) (Domains, bool) {
+	j := s.job(migration)
+	if j == nil {
+		return Domains{}, false
+	}
+	for _, c := range []chan struct{}{j.observed, j.stopped} {
+		select {
+		case <-c:
+		default:
+			return Domains{}, false
+		}
+	}
+	return j.domains()
+}
+
+func (j *job) domains() (Domains, bool) {
+	source, err1 := j.src.pid()
+	target, err2 := j.dst.pid()
+	return Domains{SourcePID: source, TargetPID: target}, errors.Join(err1, err2) == nil
+}
+
 // Loaded returns the two QEMUs of a migration whose target has loaded
 // everything, which is when neither runs the VM; held there by BeforeFinish.
 func (s *StandIn) Loaded(migration types.UID) (Domains, bool) {
@@ -96,9 +122,7 @@ func (s *StandIn) Loaded(migration types.UID) (Domains, bool) {
 	}
 	select {
 	case <-j.loaded:
-		source, err1 := j.src.pid()
-		target, err2 := j.dst.pid()
-		return Domains{SourcePID: source, TargetPID: target}, errors.Join(err1, err2) == nil
+		return j.domains()
 	default:
 		return Domains{}, false
 	}
@@ -127,6 +151,7 @@ func (s *StandIn) startJob(x *scope) error {
 		name: x.m.Name, vmi: x.v.DeepCopy(), source: source, target: target,
 		address: x.v.Status.MigrationState.TargetNodeAddress,
 		copying: make(chan struct{}), loaded: make(chan struct{}), performed: make(chan struct{}),
+		observed: make(chan struct{}), stopped: make(chan struct{}),
 		done: make(chan struct{}), aborted: make(chan struct{}),
 	}
 	s.mu.Lock()
@@ -304,37 +329,47 @@ func (s *StandIn) watchSource(ctx context.Context, j *job, src *domain, from int
 	if _, _, err := src.wait(ctx, from, migrationStatus("active")); err != nil {
 		return
 	}
-	var release <-chan struct{}
-	var libvirtd *launcher
-	switch {
-	case s.isHeld(InPreSwitchover):
-		release, libvirtd = s.held(InPreSwitchover), j.source.launcher
-	case s.isHeld(BeforeFinish):
-		release, libvirtd = s.held(BeforeFinish), j.target.launcher
+	type hold struct {
+		release  <-chan struct{}
+		aborted  <-chan struct{}
+		libvirtd *launcher
 	}
-	if libvirtd != nil {
-		if err := libvirtd.signal(unix.SIGSTOP); err != nil {
+	var holds []hold
+	preSwitchover := s.isHeld(InPreSwitchover)
+	if preSwitchover {
+		holds = append(holds, hold{s.held(InPreSwitchover), j.aborted, j.source.launcher})
+	}
+	if s.isHeld(BeforeFinish) {
+		// Nothing can be cancelled there.
+		holds = append(holds, hold{s.held(BeforeFinish), nil, j.target.launcher})
+	}
+	for _, h := range holds {
+		if err := h.libvirtd.signal(unix.SIGSTOP); err != nil {
 			s.log.Error("hold", "migration", j.name, "error", err)
 		}
+	}
+	if len(holds) > 0 {
 		if err := src.run(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(unlimited) << 20}, nil); err != nil {
 			s.log.Error("hold", "migration", j.name, "error", err)
 		}
 	}
 	close(j.copying)
-	if libvirtd == nil {
-		return
+	if preSwitchover {
+		go func() {
+			if _, _, err := src.wait(ctx, from, migrationStatus("pre-switchover")); err == nil {
+				close(j.stopped)
+			}
+		}()
 	}
-	aborted := j.aborted
-	if libvirtd == j.target.launcher {
-		aborted = nil // nothing can be cancelled there
-	}
-	select {
-	case <-release:
-	case <-aborted:
-	case <-ctx.Done():
-	}
-	if err := libvirtd.signal(unix.SIGCONT); err != nil {
-		s.log.Error("hold", "migration", j.name, "error", err)
+	for _, h := range holds {
+		select {
+		case <-h.release:
+		case <-h.aborted:
+		case <-ctx.Done():
+		}
+		if err := h.libvirtd.signal(unix.SIGCONT); err != nil {
+			s.log.Error("hold", "migration", j.name, "error", err)
+		}
 	}
 }
 
@@ -348,6 +383,7 @@ func (s *StandIn) watchTarget(ctx context.Context, j *job) {
 		return
 	}
 	j.dst, j.src = dst, j.source.activeDomain()
+	close(j.observed)
 	// The VM may run a moment later; the migration's end is no reason to look away.
 	if _, _, err := dst.wait(ctx, 0, migrationStatus("completed")); err == nil {
 		close(j.loaded)

@@ -55,7 +55,7 @@ func TestLibvirtVeto(t *testing.T) {
 		ctx := within(t, bound)
 		source := vmNode(t, ctx)
 		deviceArgs.Store([]string{"--fault=corrupt-state"})
-		defer deviceArgs.Store([]string(nil))
+		defer deviceArgs.Store(usualArgs())
 		m := newMigration(t, ctx)
 		check(t, create(ctx, m))
 		refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonStateRejected)

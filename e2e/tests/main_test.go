@@ -35,6 +35,8 @@ var (
 	// deviceArgs are those of the device processes that start from now on.
 	deviceArgs atomic.Value // []string
 	names      atomic.Int64
+	// markedDir is where device processes tell which pages they marked.
+	markedDir string
 )
 
 func TestMain(m *testing.M) {
@@ -68,7 +70,11 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	deviceArgs.Store([]string(nil))
+	markedDir = filepath.Join(dir, "marked")
+	if err := os.Mkdir(markedDir, 0o700); err != nil {
+		return 1, err
+	}
+	deviceArgs.Store(usualArgs())
 	h, err = harness.Start(ctx, harness.Options{
 		Artifacts:  set,
 		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
@@ -105,6 +111,9 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 	}
 	return code, nil
 }
+
+// usualArgs are the arguments of device processes without a fault.
+func usualArgs() []string { return []string{"--marked-pages", markedDir} }
 
 // keepLogs copies the logs of all processes, which end with the lab.
 func keepLogs(dir string) {

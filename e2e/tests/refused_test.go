@@ -3,12 +3,14 @@
 package tests
 
 import (
+	"context"
 	"testing"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"compsc.io/compsc/api/v1alpha1"
+	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/standin"
 )
@@ -110,10 +112,37 @@ func TestStateRejected(t *testing.T) {
 	ctx := within(t, bound)
 	source := vmNode(t, ctx)
 	deviceArgs.Store([]string{"--fault=corrupt-state"})
-	defer deviceArgs.Store([]string(nil))
+	defer deviceArgs.Store(usualArgs())
 	m := newMigration(t, ctx)
 	check(t, create(ctx, m))
 	refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonStateRejected)
+}
+
+// TestActivationRefused: between the rehearsal, in which the target's PF did all
+// that the guest's driver asks of it, and the activation, its other VFs take the
+// filters that were free. The VFs are restored on the target by then, and the
+// source has given its own up: it takes them back.
+func TestActivationRefused(t *testing.T) {
+	ctx := within(t, bound)
+	source := vmNode(t, ctx)
+	vlan := func(up bool) {
+		check(t, vm.Call(ctx, func(ctx context.Context, c *proto.Client) error {
+			return c.Run(ctx, proto.Action{Name: proto.ActionVLAN, VLAN: 77, Up: up})
+		}))
+	}
+	vlan(true)
+	defer vlan(false)
+	deviceArgs.Store([]string{"--fault=filters-taken"})
+	defer deviceArgs.Store(usualArgs())
+	m := newMigration(t, ctx)
+	check(t, create(ctx, m))
+	refused(t, ctx, m, source, harness.VFsPerNode, v1alpha1.ReasonRestoreFailed, "SET_VLAN")
+	if !isTrue(v1alpha1.ConditionCaptured)(m) {
+		t.Errorf("it never came to the activation: %s", harness.Describe(m))
+	}
+	// Nothing stays of it: the next one takes the VM there.
+	deviceArgs.Store(usualArgs())
+	hop(t, ctx)
 }
 
 // TestPreCopyDoesNotConverge: the bound of the migration ends it.
