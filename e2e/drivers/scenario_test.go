@@ -21,6 +21,9 @@ const (
 	featureVLANFilter = "rx-vlan-filter"
 )
 
+// mostUsecs is the longest interval between interrupts that the driver takes.
+const mostUsecs = 1022
+
 // withTrust is five hops on VFs that their PFs trust. What was set before one
 // hop stays for the next ones unless it is taken back.
 func withTrust(t *testing.T, ctx context.Context, r *rig) {
@@ -42,26 +45,28 @@ func withTrust(t *testing.T, ctx context.Context, r *rig) {
 	r.coalesce(ctx, 200)
 	r.hop(ctx, "VLANs, multicast groups, other rings, moderated interrupts")
 
-	r.do(ctx, "a VLAN and a group taken back, others added; allmulti; TSO and GRO off")
+	r.do(ctx, "a VLAN and a group taken back, others added; allmulti; other moderation; TSO and GRO off")
 	r.vlan(ctx, 7, false)
 	r.vlan(ctx, 8, true)
 	r.group(ctx, "239.1.1.11", false)
 	r.group(ctx, "239.1.1.13", true)
 	r.allMulti(ctx, true)
+	r.coalesce(ctx, 20)
 	r.feature(ctx, featureTSO, false)
 	r.feature(ctx, featureTSO6, false)
 	r.feature(ctx, featureGRO, false)
 	r.hop(ctx, "all-multicast, without TSO and GRO")
 
-	r.do(ctx, "promisc; MTU %d with a stream; checksums off", jumbo)
+	r.do(ctx, "promisc; MTU %d with a stream; checksums off; most moderation", jumbo)
 	r.promisc(ctx, true)
 	r.mtu(ctx, jumbo)
 	r.openStream(ctx, "jumbo", r.h.Lab.GuestIP().Addr(), jumbo)
 	r.feature(ctx, featureTXSum, false)
 	r.feature(ctx, featureRXSum, false)
+	r.coalesce(ctx, mostUsecs)
 	r.hop(ctx, "promiscuous, jumbo frames, without checksums")
 
-	r.do(ctx, "all offloads on again, promisc and allmulti off, down and up, large rings")
+	r.do(ctx, "all offloads on again, promisc and allmulti off, down and up, large rings, no moderation")
 	r.feature(ctx, featureTXSum, true)
 	r.feature(ctx, featureRXSum, true)
 	r.feature(ctx, featureTSO, true)
@@ -73,6 +78,7 @@ func withTrust(t *testing.T, ctx context.Context, r *rig) {
 	r.link(ctx, false)
 	r.link(ctx, true)
 	r.ring(ctx, 2048, 512)
+	r.coalesce(ctx, 0)
 	r.hop(ctx, "jumbo frames with TSO, after down and up")
 
 	r.do(ctx, "the module is loaded again before a hop")

@@ -20,8 +20,11 @@ import (
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/family/ixgbevf"
 	"compsc.io/compsc/e2e/guest/proto"
+	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/lab"
 	"compsc.io/compsc/e2e/stream"
 	"compsc.io/compsc/e2e/wait"
@@ -46,7 +49,7 @@ func (r *rig) verify(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	check(r.t, r.flow(ctx))
-	for _, verify := range []func(context.Context) error{r.verifyQueues, r.verifyFrames, r.verifyPing, r.verifySums} {
+	for _, verify := range []func(context.Context) error{r.verifyQueues, r.verifyFrames, r.verifyPing, r.verifySums, r.verifyModeration} {
 		if err := verify(ctx); err != nil {
 			now, herr := r.vm.Health(r.ctx)
 			r.t.Fatalf("%v\nthe guest: %+v %v", err, now, herr)
@@ -146,6 +149,33 @@ func (r *rig) verifySums(context.Context) error {
 		}
 	}
 	return errors.New("the kernel does not count segments with a wrong checksum")
+}
+
+// verifyModeration fails unless the VF has the interval that the guest set, in
+// each vector of its queues (ixgbevf_write_eitr). A guest that set none changes
+// it all the time.
+func (r *rig) verifyModeration(ctx context.Context) error {
+	if r.want.usecs == adaptiveUsecs {
+		return nil
+	}
+	for vector := range int(r.cores) {
+		got, err := r.register(ctx, ixgbevf.VTEITR(vector))
+		if err != nil {
+			return err
+		}
+		if want := uint32(r.want.usecs) << 2 & ixgbevf.EITRInterval; got != want {
+			return fmt.Errorf("VTEITR(%d) of the VF is %#x, the guest set %#x, %d microseconds", vector, got, want, r.want.usecs)
+		}
+	}
+	return nil
+}
+
+// adaptiveUsecs is what rx-usecs is when the driver chooses the interval.
+const adaptiveUsecs = 1
+
+// register reads a register of the VF as the guest would.
+func (r *rig) register(ctx context.Context, offset uint32) (uint32, error) {
+	return r.h.StandIn.Register(ctx, client.ObjectKey{Namespace: harness.Namespace, Name: harness.VMI}, ixgbevf.VendorID, ixgbevf.DeviceID, offset)
 }
 
 // bigPing waits until an echo request with so much payload is answered. No

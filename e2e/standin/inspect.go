@@ -52,6 +52,55 @@ func (s *StandIn) DeviceStatus(ctx context.Context, key client.ObjectKey) (*cont
 	return r, nil
 }
 
+// Register reads a dword in BAR0 of the VMI's VF, the only one of its kind that
+// the VM has, where the VM runs now: through QEMU, as its guest would.
+func (s *StandIn) Register(ctx context.Context, key client.ObjectKey, vendor, device uint16, offset uint32) (uint32, error) {
+	_, d, err := s.running(ctx, key)
+	if err != nil {
+		return 0, err
+	}
+	var buses []struct {
+		Devices []struct {
+			ID      struct{ Vendor, Device uint16 }
+			Regions []struct {
+				BAR     int
+				Address int64
+			}
+		}
+	}
+	if err := d.monitor.run(ctx, "query-pci", nil, &buses); err != nil {
+		return 0, err
+	}
+	for _, b := range buses {
+		for _, f := range b.Devices {
+			if f.ID.Vendor != vendor || f.ID.Device != device {
+				continue
+			}
+			for _, r := range f.Regions {
+				if r.BAR == 0 && r.Address > 0 {
+					return d.monitor.dword(ctx, uint64(r.Address)+uint64(offset))
+				}
+			}
+			return 0, fmt.Errorf("BAR0 of the VM's %04x:%04x has no address", vendor, device)
+		}
+	}
+	return 0, fmt.Errorf("VMI %s has no %04x:%04x", key.Name, vendor, device)
+}
+
+// dword reads what is at a guest-physical address.
+func (m *monitor) dword(ctx context.Context, addr uint64) (value uint32, err error) {
+	var out string
+	args := map[string]string{"command-line": fmt.Sprintf("xp /1xw %#x", addr)}
+	if err := m.run(ctx, "human-monitor-command", args, &out); err != nil {
+		return 0, err
+	}
+	_, text, _ := strings.Cut(strings.TrimSpace(out), ": ")
+	if _, err := fmt.Sscanf(text, "0x%x", &value); err != nil {
+		return 0, fmt.Errorf("QEMU's xp says %q: %w", out, err)
+	}
+	return value, nil
+}
+
 // QEMUPID is the process of the VMI's VM, where it runs now.
 func (s *StandIn) QEMUPID(ctx context.Context, key client.ObjectKey) (int, error) {
 	_, d, err := s.running(ctx, key)
