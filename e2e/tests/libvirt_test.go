@@ -159,14 +159,15 @@ func TestLibvirtCancel(t *testing.T) {
 
 // TestDeviceRestart: a VM whose device process was killed has lost its VF, but
 // not its life: libvirt stops it and starts it again, and QEMU finds the gate of
-// the process that comes after. It is killed while the VM is stopped: QEMU
+// the process that comes after. Until then it cannot be moved, and is told so.
+// It is killed while the VM is stopped: QEMU
 // 11.1.3 aborts (error_setv in its vfio-user client) if the kernel tells it that
 // the process has not read all that it wrote.
 func TestDeviceRestart(t *testing.T) {
 	ctx := within(t, 2*bound)
 	const name = "orphan"
 	key := client.ObjectKey{Namespace: harness.Namespace, Name: name}
-	_, err := h.BootVM(ctx, name, "52:54:00:c0:5c:03", 2)
+	orphan, err := h.BootVM(ctx, name, "52:54:00:c0:5c:03", 2)
 	check(t, err)
 	uid := pod(t, ctx, key)
 	if n, err := h.StandIn.GateConnections(uid); err != nil || n != 1 {
@@ -195,6 +196,19 @@ func TestDeviceRestart(t *testing.T) {
 		n, err := h.StandIn.GateConnections(uid)
 		return n == 1, err
 	}))
+
+	// A migration would move a VM that has no VF, and be called a success.
+	node, err := orphan.Node(ctx)
+	check(t, err)
+	m := orphan.NewMigration(uniqueName(t), harness.Other(node))
+	check(t, create(ctx, m))
+	check(t, h.AwaitEnd(ctx, m, nil))
+	if f := m.Status.Failure; f == nil || f.Reason != v1alpha1.ReasonDeviceUnavailable || !strings.Contains(f.Message, "no VF until it is restarted") {
+		t.Errorf("a VM that has lost its VF is to be moved: %s", harness.Describe(m))
+	}
+	if now, err := orphan.Node(ctx); err != nil || now != node {
+		t.Errorf("the VM that could not be moved is on node %s, was on %s: %v", now, node, err)
+	}
 	check(t, h.DeleteVM(ctx, name))
 	undisturbed(t, ctx, vmNode(t, ctx), harness.VFsPerNode)
 }
