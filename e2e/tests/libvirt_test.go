@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"libvirt.org/go/libvirtxml"
@@ -203,8 +204,10 @@ func TestDeviceRestart(t *testing.T) {
 	m := orphan.NewMigration(uniqueName(t), harness.Other(node))
 	check(t, create(ctx, m))
 	check(t, h.AwaitEnd(ctx, m, nil))
-	if f := m.Status.Failure; f == nil || f.Reason != v1alpha1.ReasonDeviceUnavailable || !strings.Contains(f.Message, "no VF until it is restarted") {
-		t.Errorf("a VM that has lost its VF is to be moved: %s", harness.Describe(m))
+	rolledBack := meta.FindStatusCondition(m.Status.Conditions, v1alpha1.ConditionRolledBack)
+	if f := m.Status.Failure; f == nil || f.Reason != v1alpha1.ReasonDeviceUnavailable || !strings.Contains(f.Message, "QEMU is not connected to the VF") ||
+		rolledBack == nil || !strings.Contains(rolledBack.Message, "the VM has no VF until it is restarted") {
+		t.Errorf("a VM that has lost its VF was to be moved: %s", harness.Describe(m))
 	}
 	if now, err := orphan.Node(ctx); err != nil || now != node {
 		t.Errorf("the VM that could not be moved is on node %s, was on %s: %v", now, node, err)
