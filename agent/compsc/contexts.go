@@ -170,6 +170,11 @@ type ring struct {
 	// headShown is set: the device has another.
 	head      uint32
 	headShown bool
+	// read is the last head of a transmit queue that the guest has read, if
+	// wasRead is set: it takes back what lies before. Reads past this process,
+	// of a VF with the fast path, are not known.
+	read    uint32
+	wasRead bool
 }
 
 // followed is the mirror, or what stands for it; nil for neither.

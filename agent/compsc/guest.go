@@ -32,7 +32,11 @@ func (v *VF) GuestRead(off uint32) uint32 {
 	if off == v.irq.MaskSet && v.held == nil {
 		value = v.readMask(value)
 	}
-	return value & r.mask
+	value &= r.mask
+	if q := r.ring; q != nil && q.Direction == family.TX && off == q.Head {
+		q.read, q.wasRead = value, true
+	}
+	return value
 }
 
 // GuestWrite is a write to BAR0 by the guest. Writes to registers the family

@@ -96,27 +96,38 @@ func TestPartOfAPacketMoves(t *testing.T) {
 // have taken its buffers back: there is no way to go on, and so none is tried.
 func TestPartOfAPacketThatWasReported(t *testing.T) {
 	ctx := context.Background()
-	for _, wb := range []bool{false, true} {
-		g := &traveller{guest: &guest{t: t, mem: &guestMemory{data: make([]byte, 1<<20)}}, irq: make(chan struct{}, 1),
-			out: make(wire, 64), wb: wb}
-		g.attach(func(*model.Config) {})
-		g.boot()
-		g.send(1)
-		begin := g.tx
-		rest := g.part(2, 4, 1<<27) // RS
-		var head [4]byte
-		g.eventually("report of the part", func() bool {
+	const rs = 1 << 27
+	for name, test := range map[string]struct {
+		wb    bool
+		flags uint64
+		told  func(g *traveller, begin uint32) bool
+	}{
+		"written back": {false, rs, func(g *traveller, begin uint32) bool { return g.get(txRing+16*uint64(begin+1)+8)>>32&1 != 0 }},
+		"head written back": {true, rs, func(g *traveller, begin uint32) bool {
+			var head [4]byte
 			_ = g.mem.ReadAt(headWB, head[:])
-			return wb && binary.LittleEndian.Uint32(head[:]) == begin+2 || !wb && g.get(txRing+16*uint64(begin+1)+8)>>32&1 != 0
+			return binary.LittleEndian.Uint32(head[:]) == begin+2
+		}},
+		"head read": {false, 0, func(g *traveller, begin uint32) bool { return g.vf.GuestRead(ixgbevf.VFTDH(0)) == begin+2 }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := &traveller{guest: &guest{t: t, mem: &guestMemory{data: make([]byte, 1<<20)}}, irq: make(chan struct{}, 1),
+				out: make(wire, 64), wb: test.wb}
+			g.attach(func(*model.Config) {})
+			g.boot()
+			g.send(1)
+			begin := g.tx
+			rest := g.part(2, 4, test.flags)
+			g.eventually("report of the part", func() bool { return test.told(g, begin) })
+			var why *compsc.IncompatibleError
+			if err := g.vf.Quiesce(ctx); !errors.As(err, &why) || why.Reason != compsc.ReasonHeadNotRestorable {
+				t.Fatalf("quiesce: %v, want an error with reason %s", err, compsc.ReasonHeadNotRestorable)
+			}
+			rest()
+			if err := errors.Join(g.vf.Quiesce(ctx), g.vf.Unquiesce(ctx)); err != nil {
+				t.Error(err)
+			}
+			g.send(1)
 		})
-		var why *compsc.IncompatibleError
-		if err := g.vf.Quiesce(ctx); !errors.As(err, &why) || why.Reason != compsc.ReasonHeadNotRestorable {
-			t.Fatalf("quiesce: %v, want an error with reason %s", err, compsc.ReasonHeadNotRestorable)
-		}
-		rest()
-		if err := errors.Join(g.vf.Quiesce(ctx), g.vf.Unquiesce(ctx)); err != nil {
-			t.Error(err)
-		}
-		g.send(1)
 	}
 }

@@ -89,7 +89,8 @@ func (v *VF) stop(ctx context.Context) error {
 // openPacket returns where a transmit queue with its head there must go on: at
 // the beginning of the packet of which the device has a part, for that part is
 // gone once the queue is off. It fails if the guest may have taken that part
-// back already, because the device has told that it is through with it.
+// back already, because the device has told that it is through with it: by a
+// write-back, or by its head, which the guest has read.
 func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
 	m := r.followed()
 	if m == nil || head >= m.size {
@@ -108,6 +109,10 @@ func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
 		size := m.size
 		at := (binary.LittleEndian.Uint32(b[:])%size + size - start) % size
 		told = at > 0 && at <= (head+size-start)%size
+	}
+	if r.wasRead {
+		at := (r.read%m.size + m.size - start) % m.size
+		told = told || at > 0 && at <= (head+m.size-start)%m.size
 	}
 	if told {
 		return head, incompatible(ReasonHeadNotRestorable, "%s: the guest has handed over a part of a packet, from descriptor %d on, and the device "+
