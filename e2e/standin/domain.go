@@ -4,10 +4,13 @@ import (
 	"context"
 	_ "embed"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"time"
 
+	libvirt "github.com/digitalocean/go-libvirt"
+	corev1 "k8s.io/api/core/v1"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"libvirt.org/go/libvirtxml"
 )
@@ -41,8 +44,8 @@ type domain struct {
 	// monitor is one of the stand-in's own, to watch QEMU with. Everything
 	// that changes something goes through libvirt.
 	*monitor
-	name    string
-	compute compute
+	name     string
+	launcher *launcher
 	// dir holds the stand-in's own sockets, as seen from outside.
 	dir string
 }
@@ -57,7 +60,7 @@ func domainName(v *kubevirtv1.VirtualMachineInstance) string { return v.Namespac
 // far as the stand-in's VMIs go, with three things more: a second serial port,
 // which the guest is asked through; the firmware's messages on the first; and
 // the monitor of the stand-in.
-func domainXML(v *kubevirtv1.VirtualMachineInstance, kvm bool) (string, error) {
+func domainXML(v *kubevirtv1.VirtualMachineInstance) (string, error) {
 	d := &libvirtxml.Domain{}
 	if err := d.Unmarshal(strings.ReplaceAll(converted, convertedUID, string(v.UID))); err != nil {
 		return "", err
@@ -68,9 +71,6 @@ func domainXML(v *kubevirtv1.VirtualMachineInstance, kvm bool) (string, error) {
 	}
 	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
 		cpus = uint(c.Cores)
-	}
-	if kvm {
-		d.Type = "kvm"
 	}
 	d.Name = domainName(v)
 	d.Memory = &libvirtxml.DomainMemory{Value: uint(memory), Unit: "MiB"}
@@ -99,7 +99,7 @@ func domainXML(v *kubevirtv1.VirtualMachineInstance, kvm bool) (string, error) {
 
 // define has the sidecar change the domain, as it asked for.
 func (s *StandIn) define(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (string, error) {
-	doc, err := domainXML(v, s.cfg.KVM)
+	doc, err := domainXML(v)
 	if err != nil {
 		return "", err
 	}
@@ -115,23 +115,95 @@ func (s *StandIn) startDomain(ctx context.Context, p *pod, v *kubevirtv1.Virtual
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.bound(time.Minute))
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if err := p.compute.start(ctx, doc, startsPaused(v)); err != nil {
-		return nil, err
+	if err := p.launcher.call(ctx, func(l *libvirt.Libvirt) error {
+		d, err := l.DomainDefineXML(doc)
+		if err != nil {
+			return err
+		}
+		var flags libvirt.DomainCreateFlags
+		if startsPaused(v) {
+			flags = libvirt.DomainStartPaused
+		}
+		_, err = l.DomainCreateWithFlags(d, uint32(flags))
+		return err
+	}); err != nil {
+		return nil, errors.Join(err, logTail(p.launcher.proc))
 	}
 	return s.observe(ctx, p, v)
 }
 
-// observe watches the QEMU that is started in the pod.
+// observe watches the QEMU that libvirt starts in the pod.
 func (s *StandIn) observe(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (*domain, error) {
-	d := &domain{name: domainName(v), compute: p.compute, dir: filepath.Join(p.dir, ownDir)}
+	d := &domain{name: domainName(v), launcher: p.launcher, dir: filepath.Join(p.dir, ownDir)}
 	var err error
-	d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, observerSocket), p.compute.silent())
+	d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, observerSocket), p.launcher.proc.Done())
 	if err != nil {
 		return nil, err
 	}
 	return d, nil
+}
+
+// do has libvirt do something with the domain.
+func (d *domain) do(ctx context.Context, do func(*libvirt.Libvirt, libvirt.Domain) error) error {
+	return d.launcher.call(ctx, func(l *libvirt.Libvirt) error {
+		x, err := l.DomainLookupByName(d.name)
+		if err != nil {
+			return err
+		}
+		return do(l, x)
+	})
+}
+
+// state is libvirt's word on the domain.
+func (d *domain) state(ctx context.Context) (state libvirt.DomainState, err error) {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	err = d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) error {
+		n, _, err := l.DomainGetState(x, 0)
+		state = libvirt.DomainState(n)
+		return err
+	})
+	return state, err
+}
+
+// fate is how a pod ends whose QEMU has ended: well, if its VM moved away.
+func (d *domain) fate(ctx context.Context) corev1.PodPhase {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for {
+		var state, reason int32
+		err := d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) (err error) {
+			state, reason, err = l.DomainGetState(x, 0)
+			return err
+		})
+		if err != nil || libvirt.DomainState(state) == libvirt.DomainShutoff {
+			if err == nil && libvirt.DomainShutoffReason(reason) == libvirt.DomainShutoffMigrated {
+				return corev1.PodSucceeded
+			}
+			return corev1.PodFailed
+		}
+		select { // libvirt has not taken it in yet
+		case <-t.C:
+		case <-ctx.Done():
+			return corev1.PodFailed
+		}
+	}
+}
+
+// pid is QEMU's process.
+func (d *domain) pid() (int, error) {
+	pids, err := d.launcher.processes("qemu-system-x86")
+	if err != nil {
+		return 0, err
+	}
+	if len(pids) != 1 {
+		return 0, fmt.Errorf("%d QEMUs in the pod of domain %s, want 1", len(pids), d.name)
+	}
+	return pids[0], nil
 }
 
 func startsPaused(v *kubevirtv1.VirtualMachineInstance) bool {

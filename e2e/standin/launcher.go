@@ -43,8 +43,7 @@ const libvirtTimeout = 30 * time.Second
 // launcher is the compute container: libvirtd, which is started again when it
 // is killed, as virt-launcher does, and what it starts.
 type launcher struct {
-	standIn *StandIn
-	proc    *lab.Process
+	proc *lab.Process
 	// dir is what it has as /run, seen from outside.
 	dir string
 }
@@ -52,7 +51,7 @@ type launcher struct {
 // startLauncher starts the compute container of a pod.
 func (s *StandIn) startLauncher(p *pod) error {
 	tree := s.cfg.QEMUTree
-	x := &launcher{standIn: s, dir: filepath.Join(p.dir, "run")}
+	x := &launcher{dir: filepath.Join(p.dir, "run")}
 	etc := filepath.Join(p.dir, "etc")
 	dirs := map[string]string{
 		"/etc/libvirt": etc,
@@ -106,7 +105,7 @@ func (s *StandIn) startLauncher(p *pod) error {
 	if err != nil {
 		return err
 	}
-	p.launcher, p.compute = x, x
+	p.launcher = x
 	return nil
 }
 
