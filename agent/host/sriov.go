@@ -201,8 +201,8 @@ func (h *SRIOV) find(address string) (PF, VF, error) {
 
 // Prepare writes down how the VF is, gives it the MAC and the VLAN, binds it
 // to vfio-pci and opens it. It refuses a MAC that the PF or another of its VFs
-// has. Repeating it is harmless, and fails while a process uses the VF. If it
-// fails the first time, everything is put back.
+// has. Repeating it is harmless, and while a process uses the VF it changes
+// nothing and fails. If it fails the first time, everything is put back.
 func (h *SRIOV) Prepare(ctx context.Context, r Request) (*Prepared, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -232,6 +232,16 @@ func (h *SRIOV) Prepare(ctx context.Context, r Request) (*Prepared, error) {
 	}
 	if err := checkUnique(l, p.Name, v.Address, v.Index, r.MAC); err != nil {
 		return nil, err
+	}
+	if v.Driver == vfioPCI {
+		// To open a device cdev is anybody's: only the second to bind it fails.
+		used, err := h.inUse(v, h.sys)
+		if err == nil && used {
+			err = vfio.ErrBusy
+		}
+		if err != nil {
+			return nil, fmt.Errorf("VF %s: %w", v.Address, err)
+		}
 	}
 	first, err := h.record(p, v, have, r.MAC)
 	if err != nil {

@@ -372,6 +372,26 @@ func TestSRIOVRefuses(t *testing.T) {
 	}
 }
 
+// A VF that a process uses is left alone, whatever interface that has it by.
+func TestSRIOVPrepareInUse(t *testing.T) {
+	n := newFakeNode(t)
+	p, err := n.host().Prepare(t.Context(), Request{Address: vf0, MAC: macA})
+	n.must(err)
+	p.Close()
+	before := n.picture(vf0, 0)
+	n.used[vf0] = true
+	if _, err := n.host().Prepare(t.Context(), Request{Address: vf0, Silent: true, VLAN: 7}); !errors.Is(err, vfio.ErrBusy) {
+		t.Errorf("prepared while in use: %v", err)
+	}
+	n.useError = unix.EACCES
+	if _, err := n.host().Prepare(t.Context(), Request{Address: vf0, Silent: true, VLAN: 7}); !errors.Is(err, unix.EACCES) {
+		t.Errorf("prepared while perhaps in use: %v", err)
+	}
+	if is := n.picture(vf0, 0); is != before {
+		t.Errorf("was %s\nis  %s", before, is)
+	}
+}
+
 // The driver comes back once the process that used the VF is gone.
 func TestSRIOVReleaseUnderAProcess(t *testing.T) {
 	n := newFakeNode(t)
