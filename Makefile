@@ -81,6 +81,10 @@ fuzz: ## Run every fuzz target for FUZZTIME, those of the vfio-user server for F
 e2e-sriov: qemu-tree sriov-node build ## Run the tests with real kernel drivers of emulated SR-IOV cards (as root); FAULTS=all for all faults in all steps.
 	@COMPSC_FAULTS=$(FAULTS) hack/test sriov $(TESTFLAGS)
 
+.PHONY: e2e-iommufd
+e2e-iommufd: qemu-tree sriov-node iommufd-node build ## Run the same tests on a kernel with iommufd, and those of iommufd (as root).
+	@COMPSC_FAULTS=$(FAULTS) hack/test iommufd $(TESTFLAGS)
+
 .PHONY: e2e-nested
 e2e-nested: qemu-tree guest sriov-node build ## Move a guest inside such a VM, with its own igbvf, from card to card (as root; minutes).
 	@hack/test nested $(TESTFLAGS)
@@ -118,6 +122,10 @@ guest:
 .PHONY: sriov-node
 sriov-node:
 	@hack/sriov-node
+
+.PHONY: iommufd-node
+iommufd-node:
+	@hack/iommufd-node
 
 .PHONY: ipxe
 ipxe:

@@ -141,6 +141,7 @@ func newDrill(t *testing.T) *drill {
 	t.Helper()
 	cards, vfs := makeVFs(t)
 	l := newLab(t)
+	l.hold = 10 * time.Second // as long as may be: processors are emulated, and an agent is started meanwhile
 	d := &drill{migration: &migration{lab: l}}
 	for i, name := range []string{"a", "b"} {
 		n, c := l.nodes[name], cards[i]
@@ -352,7 +353,13 @@ func (h *watchedHost) look(what string) {
 
 func (h *watchedHost) Prepare(ctx context.Context, r host.Request) (*host.Prepared, error) {
 	defer h.look("Prepare")
-	return h.Host.Prepare(ctx, r)
+	p, err := h.Host.Prepare(ctx, r)
+	if err == nil {
+		if api, err := card.API(); err != nil || p.API != string(api) {
+			h.t.Errorf("VF %s was opened by interface %s, want %s (%v)", r.Address, p.API, api, err)
+		}
+	}
+	return p, err
 }
 
 func (h *watchedHost) Answer(ctx context.Context, address string, on bool) error {

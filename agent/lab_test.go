@@ -75,6 +75,8 @@ type lab struct {
 	vmiUID types.UID
 	ca     *x509.Certificate
 	caKey  *ecdsa.PrivateKey
+	// hold is the limit of its migrations' holds, 0 for the default.
+	hold time.Duration
 
 	mu      sync.Mutex
 	apiDown error
@@ -444,6 +446,9 @@ type migration struct {
 func (l *lab) migrate(name string, from, to *corev1.Pod) *migration {
 	l.t.Helper()
 	m := &vfMigration{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name, UID: types.UID(name + "-uid"), Generation: 1}, Spec: v1alpha1.VFMigrationSpec{VMIName: "vm"}}
+	if l.hold > 0 {
+		m.Spec.Timeouts.Hold = &metav1.Duration{Duration: l.hold}
+	}
 	l.create(m)
 	x := &migration{l, name}
 	x.status(func(m *vfMigration) {

@@ -18,18 +18,25 @@ import (
 
 	"compsc.io/compsc/agent/host/journal"
 	"compsc.io/compsc/agent/vfio"
+	"compsc.io/compsc/e2e/sriov/card"
 )
 
 // These run on a machine with real PFs: two 82576, on one wire.
 
-const (
-	nodePF  = "eth0"
-	nodeVFs = 3
-)
+const nodeVFs = 3
+
+// nodePF and otherPF are the network interfaces of the cards, which kernels
+// name differently.
+var nodePF, otherPF string
 
 // realNode makes VFs and returns the node with a journal of its own.
 func realNode(t *testing.T) *SRIOV {
 	t.Helper()
+	cards, err := card.List()
+	if err != nil || len(cards) != 2 {
+		t.Fatalf("cards %v (%v)", cards, err)
+	}
+	nodePF, otherPF = cards[0].Name, cards[1].Name
 	h, err := NewSRIOV(SRIOVOptions{Journal: filepath.Join(t.TempDir(), "journal"), Families: map[string]string{"8086:10ca": "igbvf"}})
 	if err != nil {
 		t.Fatal(err)
@@ -159,6 +166,9 @@ func TestNodePrepareAndRelease(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if api, err := card.API(); err != nil || p.API != string(api) {
+			t.Errorf("opened by interface %s, want %s (%v)", p.API, api, err)
+		}
 		d, err := vfio.Use(vfio.API(p.API), p.Files)
 		if err != nil {
 			t.Fatal(err)
@@ -267,7 +277,7 @@ func TestNodeReconfigured(t *testing.T) {
 func TestNodeAnnounce(t *testing.T) {
 	h := realNode(t)
 	v := vfsOf(t, h)[2]
-	other, err := netlink.LinkByName("eth1")
+	other, err := netlink.LinkByName(otherPF)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,20 +11,30 @@ import (
 type Node struct {
 	// QEMU is a root directory with QEMU. COMPSC_QEMU overrides it.
 	QEMU string
-	// Kernel and Initrd are what the node boots, as hack/sriov-node makes them.
+	// Kernel and Initrd are what the node boots.
 	Kernel, Initrd string
 }
 
-// SRIOV finds what a node VM is made of, or says which of it is missing.
-func SRIOV() (Node, error) {
+// What a node VM boots: directories of the cache, made by the scripts of these
+// names in hack.
+const (
+	// StockNode is Debian's kernel.
+	StockNode = "sriov-node"
+	// IOMMUFDNode is Ubuntu's kernel, which has iommufd.
+	IOMMUFDNode = "iommufd-node"
+)
+
+// SRIOV finds what a node VM is made of that boots what this directory of the
+// cache has, or says which of it is missing.
+func SRIOV(node string) (Node, error) {
 	cache, err := cacheDir()
 	if err != nil {
 		return Node{}, err
 	}
 	n := Node{
 		QEMU:   or(os.Getenv("COMPSC_QEMU"), filepath.Join(cache, "libvirt")),
-		Kernel: filepath.Join(cache, "sriov-node", "vmlinuz"),
-		Initrd: filepath.Join(cache, "sriov-node", "initramfs.gz"),
+		Kernel: filepath.Join(cache, node, "vmlinuz"),
+		Initrd: filepath.Join(cache, node, "initramfs.gz"),
 	}
 	var missing []error
 	for _, p := range []*string{&n.QEMU, &n.Kernel, &n.Initrd} {
@@ -36,7 +46,7 @@ func SRIOV() (Node, error) {
 		}
 	}
 	if len(missing) > 0 {
-		return Node{}, fmt.Errorf("something to run with is missing, hack/qemu-tree and hack/sriov-node make it: %w", errors.Join(missing...))
+		return Node{}, fmt.Errorf("something to run with is missing, hack/qemu-tree, hack/sriov-node and hack/iommufd-node make it: %w", errors.Join(missing...))
 	}
 	return n, nil
 }

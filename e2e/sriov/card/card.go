@@ -10,9 +10,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"compsc.io/compsc/agent/vfio"
 )
 
 const (
@@ -125,6 +128,76 @@ func (v VF) Group() (int, error) {
 		return 0, err
 	}
 	return strconv.Atoi(filepath.Base(to))
+}
+
+// Cdev is the name of its VFIO device cdev; it is bound to vfio-pci, and the
+// kernel has such.
+func (v VF) Cdev() (string, error) {
+	paths, err := filepath.Glob(filepath.Join(devices, v.Address, "vfio-dev", "vfio*", "dev"))
+	if err == nil && len(paths) != 1 {
+		err = fmt.Errorf("VF %s has %d VFIO device cdevs, want 1", v.Address, len(paths))
+	}
+	if err != nil {
+		return "", err
+	}
+	return filepath.Base(filepath.Dir(paths[0])), nil
+}
+
+// Open opens the VF, which is bound to vfio-pci, by the interface that the
+// node is to be used by.
+func (v VF) Open() (vfio.API, []*os.File, error) {
+	api, err := API()
+	if err != nil {
+		return "", nil, err
+	}
+	if api == vfio.IOMMUFD {
+		name, err := v.Cdev()
+		if err != nil {
+			return api, nil, err
+		}
+		files, err := vfio.OpenCdev(name)
+		return api, files, err
+	}
+	group, err := v.Group()
+	if err != nil {
+		return api, nil, err
+	}
+	files, err := vfio.OpenGroup(group, v.Address)
+	return api, files, err
+}
+
+// API is the interface of VFIO that the node's VFs are to be used by, which
+// whoever runs the node says in COMPSC_VFIO_API.
+func API() (vfio.API, error) {
+	api := vfio.API(os.Getenv("COMPSC_VFIO_API"))
+	if api != vfio.Group && api != vfio.IOMMUFD {
+		return "", fmt.Errorf("COMPSC_VFIO_API is %.32q: want %s or %s", api, vfio.Group, vfio.IOMMUFD)
+	}
+	return api, nil
+}
+
+// Nodes counts by name the device nodes of VFIO and of iommufd that a process
+// has open.
+func Nodes(pid int) (map[string]int, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	nodes := map[string]int{}
+	for _, e := range entries {
+		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was closed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		if strings.HasPrefix(to, vfio.Dir+"/") || to == "/dev/iommu" {
+			nodes[to]++
+		}
+	}
+	return nodes, nil
 }
 
 // Bind binds the VF, which has no driver, to vfio-pci.

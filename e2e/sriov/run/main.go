@@ -2,7 +2,7 @@
 // ended; go test takes it as -exec. An access that the node's IOMMU refused is
 // a failure too.
 //
-// Usage: run [-memory MiB] [-kvm] [-console FILE] [-limit TIME] [-file NAME=PATH]... PROGRAM [ARGUMENT]...
+// Usage: run [-node DIRECTORY] [-memory MiB] [-kvm] [-console FILE] [-limit TIME] [-file NAME=PATH]... PROGRAM [ARGUMENT]...
 package main
 
 import (
@@ -34,6 +34,7 @@ func main() {
 
 func run() (int, error) {
 	c := node.Config{Files: map[string]string{}, Output: os.Stdout}
+	boots := flag.String("node", artifacts.StockNode, "what the node boots: a directory of the cache, below which are vmlinuz and initramfs.gz")
 	flag.IntVar(&c.Memory, "memory", 512, "memory of the node in MiB")
 	flag.BoolVar(&c.KVM, "kvm", false, "give the node KVM")
 	flag.StringVar(&c.Console, "console", "", "file for the messages of the node's kernel")
@@ -50,7 +51,7 @@ func run() (int, error) {
 	if flag.NArg() == 0 {
 		return 2, errors.New("no program to run is named")
 	}
-	files, err := artifacts.SRIOV()
+	files, err := artifacts.SRIOV(*boots)
 	if err != nil {
 		return 1, err
 	}

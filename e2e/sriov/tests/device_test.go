@@ -8,16 +8,19 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/device/handoff"
 	"compsc.io/compsc/agent/host"
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/vfio"
 	"compsc.io/compsc/agent/vfiouser"
 	"compsc.io/compsc/e2e/sriov/card"
 	"compsc.io/compsc/e2e/sriov/driver"
@@ -85,7 +88,35 @@ func mediateAs(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File, fast bo
 		m.events = append(m.events, event)
 	}
 	m.must(m.client.SetIRQs(t.Context(), vfiouser.IRQAssign, vfiouser.IRQIndexMSIX, 0, uint32(len(m.events)), m.events...))
+	m.usedBy(prepared.API)
 	return m
+}
+
+// usedBy looks whether the VF is used by the interface that the host chose, and
+// whether that is the one that the node has.
+func (m *mediated) usedBy(chosen string) {
+	m.Helper()
+	api, err := card.API()
+	m.must(err)
+	if chosen != string(api) {
+		m.Errorf("the host chose interface %s, want %s", chosen, api)
+	}
+	var want map[string]int
+	if api == vfio.IOMMUFD {
+		name, err := m.vf.Cdev()
+		m.must(err)
+		want = map[string]int{"/dev/iommu": 1, filepath.Join(vfio.Dir, "devices", name): 1}
+	} else {
+		group, err := m.vf.Group()
+		m.must(err)
+		// The device itself has no node.
+		want = map[string]int{filepath.Join(vfio.Dir, "vfio"): 1, filepath.Join(vfio.Dir, strconv.Itoa(group)): 1}
+	}
+	got, err := card.Nodes(m.process.Process.Pid)
+	m.must(err)
+	if diff := cmp.Diff(want, got); diff != "" {
+		m.Errorf("device nodes that the device process has open (-want +got):\n%s", diff)
+	}
 }
 
 func (m *mediated) must(err error) {

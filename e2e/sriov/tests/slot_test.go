@@ -89,11 +89,9 @@ func plugAs(t *testing.T, vf card.VF, mem ram, f family.Family) *slot {
 	if name, err := vf.Driver(); err != nil || name == "" {
 		must(errors.Join(err, vf.Bind()))
 	}
-	group, err := vf.Group()
+	api, files, err := vf.Open()
 	must(err)
-	files, err := vfio.OpenGroup(group, vf.Address)
-	must(err)
-	device, err := vfio.Use(vfio.Group, files)
+	device, err := vfio.Use(api, files)
 	must(err)
 	t.Cleanup(func() { must(device.Close()) })
 	must(device.Map(base, mem, true, true))
