@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -28,6 +27,7 @@ import (
 	"compsc.io/compsc/e2e/sriov/card"
 	"compsc.io/compsc/e2e/sriov/driver"
 	"compsc.io/compsc/e2e/sriov/job"
+	"compsc.io/compsc/e2e/sriov/sidecar"
 )
 
 // These run on a machine with real PFs, on one wire: each plays the NIC of a
@@ -139,6 +139,14 @@ func (e *end) settings() (string, error) {
 // newDrill boots the VM on node a.
 func newDrill(t *testing.T) *drill {
 	t.Helper()
+	d := newAttached(t)
+	d.boot()
+	return d
+}
+
+// newAttached has the VM's VF attached on node a.
+func newAttached(t *testing.T) *drill {
+	t.Helper()
 	cards, vfs := makeVFs(t)
 	l := newLab(t)
 	l.hold = 10 * time.Second // as long as may be: processors are emulated, and an agent is started meanwhile
@@ -177,15 +185,22 @@ func newDrill(t *testing.T) *drill {
 	d.memory = os.NewFile(uintptr(fd), "guest")
 	t.Cleanup(func() { d.memory.Close() })
 	d.must(d.memory.Truncate(driver.MemorySize))
-	ram, err := unix.Mmap(fd, 0, driver.MemorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	d.must(err)
 
 	d.start(d.src)
 	d.start(d.dst)
 	l.vmi(nil)
 	d.startPod(d.src, "launcher-source", "")
 	d.await("the VM's VF to be attached", func() bool { return d.src.is(pb.Phase_PHASE_RUNNING) })
-	d.src.machine, err = plugMachine(t, d.src.dir, "running", d.memory)
+	d.must(sidecar.Check(d.src.process.Process.Pid))
+	return d
+}
+
+// boot starts QEMU and the guest's driver.
+func (d *drill) boot() {
+	d.t.Helper()
+	ram, err := unix.Mmap(int(d.memory.Fd()), 0, driver.MemorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	d.must(err)
+	d.src.machine, err = plugMachine(d.t, d.src.dir, "running", d.memory)
 	d.must(err)
 	d.must(d.src.machine.firmware())
 	d.await("the monitor to be followed", d.src.machine.followed)
@@ -194,7 +209,6 @@ func newDrill(t *testing.T) *drill {
 	d.must(err)
 	d.must(d.guest.Start(address))
 	d.must(d.traffic("before"))
-	return d
 }
 
 func (d *drill) must(err error) {
@@ -235,26 +249,28 @@ func (d *drill) stop(e *end) {
 	}
 }
 
-// startPod creates a pod with its device process. The agent finds it as on a
-// node, and the process its sockets at a path that is short enough.
+// startPod creates a pod with its device process, which has no privileges and may
+// lock less than the guest's RAM. The agent finds it as on a node, and the process
+// its sockets at a path that is short enough.
 func (d *drill) startPod(e *end, name, migration string) {
 	d.t.Helper()
 	e.pod = d.lab.pod(name, e.name, e.vf.Address, migration)
-	below, err := os.MkdirTemp("", "pod")
+	below, err := sidecar.Dir()
 	d.must(err)
 	d.t.Cleanup(func() { os.RemoveAll(below) })
 	e.dir = kubevirt.DeviceDir(e.podsDir, e.pod.UID, 0)
-	sidecars := filepath.Dir(filepath.Dir(e.dir))
-	d.must(os.MkdirAll(filepath.Dir(sidecars), 0o755))
-	d.must(os.Symlink(below, sidecars))
+	hooks := filepath.Dir(filepath.Dir(e.dir))
+	d.must(os.MkdirAll(filepath.Dir(hooks), 0o755))
+	d.must(os.Symlink(below, hooks))
 	e.dir = filepath.Join(below, filepath.Base(filepath.Dir(e.dir)), filepath.Base(e.dir))
-	d.must(os.MkdirAll(filepath.Dir(e.dir), 0o755))
+	d.must(os.Mkdir(filepath.Dir(e.dir), 0o755))
+	d.must(os.Chown(filepath.Dir(e.dir), sidecar.User, sidecar.User))
 	e.process = exec.Command(filepath.Join(job.Dir, "compsc"), "device", "--sidecar", kubevirt.SidecarName(0), "--hooks-dir", filepath.Dir(e.dir))
 	e.said = &said{to: d.t.Output()}
 	e.process.Stdout, e.process.Stderr = e.said, e.said
-	e.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	d.must(e.process.Start())
+	d.must(sidecar.Start(e.process))
 	d.t.Cleanup(func() { e.killProcess() })
+	d.must(sidecar.Limit(e.process.Process.Pid, sidecar.Memlock))
 }
 
 // killProcess ends the device process at once. It may be called again.

@@ -3,21 +3,27 @@
 package agent
 
 import (
+	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	pb "compsc.io/compsc/agent/device/controlpb"
+	"compsc.io/compsc/agent/vfiouser"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/nbd"
+	"compsc.io/compsc/e2e/sriov/driver"
+	"compsc.io/compsc/e2e/sriov/sidecar"
 )
 
 // reached waits for a condition to be true; false says that something failed.
@@ -78,6 +84,7 @@ func (d *drill) play(step string, fault func()) string {
 	if !d.reached(v1alpha1.ConditionTargetPinned) {
 		d.t.Fatal("the target was not pinned")
 	}
+	d.must(sidecar.Check(d.dst.process.Process.Pid))
 	after(pinnedStep)
 	d.start(d.src)
 	if !d.reached(v1alpha1.ConditionPrepared) {
@@ -180,25 +187,37 @@ func (d *drill) undo() string {
 }
 
 // free ends both pods, as KubeVirt does, and checks that nothing is left of
-// them: no lease, no VF in use or bound, no setting.
+// them.
 func (d *drill) free() {
 	d.t.Helper()
-	for _, e := range []*end{d.src, d.dst} {
-		d.start(e)
-		e.killProcess()
-		if e.machine != nil {
-			e.machine.client.Close()
-		}
-		pod := &corev1.Pod{}
-		d.must(d.client.Get(d.t.Context(), client.ObjectKeyFromObject(e.pod), pod))
-		pod.Status.Phase = corev1.PodSucceeded
-		d.must(d.client.Status().Update(d.t.Context(), pod))
-	}
+	d.endPod(d.src)
+	d.endPod(d.dst)
 	d.status(func(m *vfMigration) {
 		if c := meta.FindStatusCondition(m.Status.Conditions, v1alpha1.ConditionSucceeded); c.Status == metav1.ConditionUnknown {
 			setFalse(m, v1alpha1.ConditionSucceeded, v1alpha1.ReasonMigrationFailed, "over")
 		}
 	})
+	d.freed()
+}
+
+// endPod ends an end's pod with all that runs in it.
+func (d *drill) endPod(e *end) {
+	d.t.Helper()
+	d.start(e)
+	e.killProcess()
+	if e.machine != nil {
+		e.machine.client.Close()
+	}
+	pod := &corev1.Pod{}
+	d.must(d.client.Get(d.t.Context(), client.ObjectKeyFromObject(e.pod), pod))
+	pod.Status.Phase = corev1.PodSucceeded
+	d.must(d.client.Status().Update(d.t.Context(), pod))
+}
+
+// freed waits until nothing is left of pods: no lease, no VF in use or bound, no
+// setting.
+func (d *drill) freed() {
+	d.t.Helper()
 	for _, e := range []*end{d.src, d.dst} {
 		d.await("the VFs of node "+e.name+" to be free", func() bool {
 			holder, _ := d.lease(e.name, e.vf.Address)
@@ -317,6 +336,44 @@ func TestNodeAdministration(t *testing.T) {
 	d.free()
 }
 
+// TestNodeMemlock: a device process without privileges lets its VF reach the
+// guest's RAM because its agent has raised what it may lock, and says so where
+// nobody has.
+func TestNodeMemlock(t *testing.T) {
+	d := newAttached(t)
+	pid := d.src.process.Process.Pid
+	var l unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_MEMLOCK, nil, &l); err != nil || l.Cur != unix.RLIM_INFINITY {
+		t.Errorf("attached, it may lock %d bytes (%v)", l.Cur, err)
+	}
+	// As if no agent had.
+	d.must(sidecar.Limit(pid, sidecar.Memlock))
+	vf, err := vfiouser.Dial(t.Context(), filepath.Join(d.src.dir, vfSocket), nil)
+	d.must(err)
+	defer vf.Close()
+	ram := vfiouser.DMAMap{Addr: guestBase, Size: driver.MemorySize, Readable: true, Writable: true, File: d.memory}
+	if err := vf.DMAMap(t.Context(), ram); !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("more than it may lock was mapped: %v", err)
+	}
+	st, err := d.src.status()
+	d.must(err)
+	for _, want := range []string{d.src.vf.Address, "RLIMIT_MEMLOCK", "this process may lock 0 MiB", "needs 1 MiB"} {
+		if !strings.Contains(st.GetLastError(), want) {
+			t.Errorf("its status says %q, want %q in it", st.GetLastError(), want)
+		}
+	}
+	// And as the agent does.
+	proxy, err := newDevices(d.src.podsDir).get(d.src.pod.UID)
+	d.must(err)
+	defer proxy.Close()
+	d.must(proxy.unlimitMemlock(t.Context()))
+	d.must(vf.DMAMap(t.Context(), ram))
+	vf.Close()
+	d.boot()
+	d.endPod(d.src)
+	d.freed()
+}
+
 // TestNodeFaults: whatever is killed, pulled down or removed, in whatever step of
 // a migration, the VM runs on one side with a VF that works, or has none; and
 // when its pods have ended all VFs are as they were.
@@ -333,7 +390,8 @@ func TestNodeFaults(t *testing.T) {
 		for _, step := range list {
 			t.Run(f.name+"/"+step, func(t *testing.T) {
 				d := newDrill(t)
-				got := d.play(step, func() { f.do(d) })
+				happened := false
+				got := d.play(step, func() { f.do(d); happened = true })
 				for _, c := range d.get().Status.Conditions {
 					if c.Status != metav1.ConditionTrue {
 						t.Logf("%s is %s for %s: %s", c.Type, c.Status, c.Reason, c.Message)
@@ -343,7 +401,9 @@ func TestNodeFaults(t *testing.T) {
 				if w := want[step]; w != "" && got != w {
 					t.Errorf("the VM %s, want %s", got, w)
 				}
-				if f.mend != nil && f.mend(d) {
+				if !happened {
+					t.Error("the migration ended before that")
+				} else if f.mend != nil && f.mend(d) {
 					d.must(d.guest.Start(d.guest.MAC))
 				}
 				if got != lost {

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"compsc.io/compsc/agent/vfiouser"
 	"compsc.io/compsc/e2e/nbd"
 	"compsc.io/compsc/e2e/sriov/driver"
+	"compsc.io/compsc/e2e/sriov/sidecar"
 )
 
 const (
@@ -32,6 +34,9 @@ const (
 	// Names of sockets, as package device has them.
 	gateSocket, monitorSocket = "gate.sock", "qmp.sock"
 )
+
+// vfSocket is the socket of the VM's VF.
+var vfSocket = fmt.Sprintf("vf%02x.sock", kubevirt.FirstSlot)
 
 // machine stands in for QEMU at the sockets of a real device process: it has a
 // guest's memory and eventfds, the gate's client and a monitor. It is the
@@ -54,7 +59,7 @@ type machine struct {
 // memory is the guest's, shared by all machines it ever has.
 func plugMachine(t *testing.T, dir, status string, memory *os.File) (*machine, error) {
 	m := &machine{t: t, dir: dir, status: status, ready: make(chan struct{})}
-	l, err := net.Listen("unix", filepath.Join(dir, monitorSocket))
+	l, err := listenFor(sidecar.User, filepath.Join(dir, monitorSocket))
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +72,7 @@ func plugMachine(t *testing.T, dir, status string, memory *os.File) (*machine, e
 	if e := m.gate.Read(); e != 0 {
 		return nil, fmt.Errorf("opening the gate's image: %w", e)
 	}
-	if m.client, err = vfiouser.Dial(t.Context(), filepath.Join(dir, fmt.Sprintf("vf%02x.sock", kubevirt.FirstSlot)), m); err != nil {
+	if m.client, err = vfiouser.Dial(t.Context(), filepath.Join(dir, vfSocket), m); err != nil {
 		return nil, err
 	}
 	t.Cleanup(m.client.Close)
@@ -89,6 +94,20 @@ func plugMachine(t *testing.T, dir, status string, memory *os.File) (*machine, e
 	}
 	close(m.ready)
 	return m, nil
+}
+
+// listenFor listens on a socket that a user may connect to as soon as it is there:
+// QEMU, which makes it in a pod, is of that user itself.
+func listenFor(user int, path string) (net.Listener, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path + ".new", Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chown(path+".new", user, user), os.Rename(path+".new", path)); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
 }
 
 // firmware gives the VF its addresses, as a machine does that boots.

@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,6 +24,7 @@ import (
 	"compsc.io/compsc/e2e/sriov/card"
 	"compsc.io/compsc/e2e/sriov/driver"
 	"compsc.io/compsc/e2e/sriov/job"
+	"compsc.io/compsc/e2e/sriov/sidecar"
 )
 
 // iface is the VM's interface, place its device number in the guest.
@@ -53,14 +53,17 @@ func mediate(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File) *mediated
 func mediateAs(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File, fast bool) *mediated {
 	t.Helper()
 	m := &mediated{T: t, host: h, vf: vf}
-	dir := t.TempDir()
+	dir, err := sidecar.Dir()
+	m.must(err)
+	t.Cleanup(func() { m.must(os.RemoveAll(dir)) })
 	socket := func(name string) string { return filepath.Join(dir, filepath.Base(kubevirt.SidecarDeviceDir()), name) }
 	m.control = socket(device.ControlSocket)
 	m.process = exec.Command(filepath.Join(job.Dir, "compsc"), "device", "--sidecar", "hook-sidecar-0", "--hooks-dir", dir)
 	m.process.Stdout, m.process.Stderr = t.Output(), t.Output()
-	m.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	m.must(m.process.Start())
+	m.must(sidecar.Start(m.process))
 	t.Cleanup(m.kill)
+	// As the agent does, or nothing of the guest's memory could be mapped.
+	m.must(sidecar.Limit(m.process.Process.Pid, unix.RLIM_INFINITY))
 
 	prepared, err := h.Prepare(t.Context(), host.Request{Address: vf.Address, MAC: guestMAC.String()})
 	m.must(err)
@@ -89,6 +92,7 @@ func mediateAs(t *testing.T, h *host.SRIOV, vf card.VF, memory *os.File, fast bo
 	}
 	m.must(m.client.SetIRQs(t.Context(), vfiouser.IRQAssign, vfiouser.IRQIndexMSIX, 0, uint32(len(m.events)), m.events...))
 	m.usedBy(prepared.API)
+	m.must(sidecar.Check(m.process.Process.Pid))
 	return m
 }
 
