@@ -276,6 +276,9 @@ func (v *VF) handOver(r *ring, tail uint32) {
 func (v *VF) guestQueueWrite(r *ring, off, val uint32) bool {
 	switch {
 	case off == r.Tail:
+		if m := r.mirror; r.wasRead && m != nil && m.end(v.f.Descriptors(), m.next).start == m.next {
+			r.wasRead = false // it was before the packet that begins here
+		}
 		v.handOver(r, val)
 	case off == r.Ctl && val&r.Enable == 0:
 		v.unfollow(r)

@@ -169,6 +169,9 @@ func (g *guest) read(off uint32) uint32 {
 func (g *guest) agree(off uint32) uint32 {
 	value := g.twins[0].engine.GuestRead(off)
 	g.log.add("read %s: %#x", g.name(off), value)
+	if q := g.partAt(off); q >= 0 {
+		g.tx[q].told = true
+	}
 	for _, t := range g.twins[1:] {
 		if other := t.engine.GuestRead(off); other != value && !g.idleHead(off) && !g.relayRaised(off, value, other) && !slices.Contains(g.unread, off) {
 			fail("%s reads %#x on the twin that stayed and %#x on the one that moved", g.name(off), value, other)
@@ -251,6 +254,17 @@ func (g *guest) idleHead(off uint32) bool {
 		}
 	}
 	return false
+}
+
+// partAt is the queue of which the register is the head, if it has a part of a
+// packet, and -1 otherwise.
+func (g *guest) partAt(off uint32) int {
+	for q, r := range g.tx {
+		if r.part && off == ixgbevf.VFTDH(q) {
+			return q
+		}
+	}
+	return -1
 }
 
 // poke writes the guest's memory.
@@ -471,7 +485,8 @@ func (g *guest) sweep() {
 	for _, r := range g.regs {
 		switch {
 		case r.Access&family.Readable == 0, r.Access&family.ReadClears != 0, r.Offset == ixgbevf.VFFRTIMER,
-			r.Class == family.Emulate && !counters, slices.Contains(g.unread, r.Offset):
+			r.Class == family.Emulate && !counters, slices.Contains(g.unread, r.Offset),
+			g.partAt(r.Offset) >= 0: // who reads it is told of the part
 			continue
 		}
 		value := g.twins[0].engine.GuestRead(r.Offset)

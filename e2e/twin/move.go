@@ -468,6 +468,9 @@ func (m *mover) refused(err error, target *silicon, captured bool) {
 		ok = m.headsRefusable(target, captured)
 	case compsc.ReasonStateInvalid:
 		ok = m.ringOutOfBounds()
+	case compsc.ReasonNotMigratable:
+		// A request that was open may have ended in an association.
+		ok = captured && m.guest.twins[0].vf.Stats().PF.Associations > 0
 	}
 	if !ok {
 		fail("a move to %s was refused without need: %v", target.name, err)
