@@ -101,19 +101,19 @@ func (v *VF) openPacket(r *ring, head uint32) (uint32, error) {
 	if start == head {
 		return head, nil
 	}
+	// within tells whether a head that the guest knows of lies in the part.
+	within := func(known uint32) bool {
+		at := (known%m.size + m.size - start) % m.size
+		return at > 0 && at <= (head+m.size-start)%m.size
+	}
 	if low := v.current(r.WBAL); r.WBAL != 0 && low&1 != 0 {
 		var b [4]byte
 		if err := v.o.Memory.ReadAt(uint64(v.current(r.WBAH))<<32|uint64(low&^3), b[:]); err != nil {
 			return head, fmt.Errorf("%s: the head that the device has written back cannot be read: %w", queueName(r.Queue), err)
 		}
-		size := m.size
-		at := (binary.LittleEndian.Uint32(b[:])%size + size - start) % size
-		told = at > 0 && at <= (head+size-start)%size
+		told = within(binary.LittleEndian.Uint32(b[:]))
 	}
-	if r.wasRead {
-		at := (r.read%m.size + m.size - start) % m.size
-		told = told || at > 0 && at <= (head+m.size-start)%m.size
-	}
+	told = told || r.wasRead && within(r.read)
 	if told {
 		return head, incompatible(ReasonHeadNotRestorable, "%s: the guest has handed over a part of a packet, from descriptor %d on, and the device "+
 			"has told that it is through with that part: try again once the guest has handed over the rest", queueName(r.Queue), start)

@@ -35,6 +35,7 @@ import (
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/helm"
+	"compsc.io/compsc/e2e/procstatus"
 	"compsc.io/compsc/e2e/wait"
 )
 
@@ -201,11 +202,9 @@ func (w *world) capabilities(t *testing.T) {
 // capabilitySet returns one of a process' sets of capabilities.
 func capabilitySet(t *testing.T, pid int, name string) uint64 {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+	status, err := procstatus.Read(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	check(t, err)
-	_, value, _ := strings.Cut(string(b), name+":\t")
-	value, _, _ = strings.Cut(value, "\n")
-	set, err := strconv.ParseUint(value, 16, 64)
+	set, err := strconv.ParseUint(status[name], 16, 64)
 	check(t, err)
 	return set
 }

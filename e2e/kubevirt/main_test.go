@@ -4,7 +4,6 @@ package kubevirt
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -18,10 +17,6 @@ import (
 
 // stack is what all tests work with, one after the other.
 var stack *Stack
-
-// all asks for what takes longer than one wants to wait each time: the product
-// replaced and taken away beneath a VM, and a VM without VFs.
-var all = flag.Bool("all", false, "test the product's upgrade and removal, and a VM without VFs, too")
 
 // startTimeout bounds the start of everything.
 const startTimeout = 20 * time.Minute

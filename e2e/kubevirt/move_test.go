@@ -85,9 +85,7 @@ func TestMove(t *testing.T) {
 		t.Run(u.name, func(t *testing.T) { undone(ctx, t, g, u) })
 	}
 	t.Run("refused", func(t *testing.T) { refused(ctx, t, g) })
-	if *all {
-		t.Run("operated", func(t *testing.T) { operated(ctx, t, g) })
-	}
+	t.Run("operated", func(t *testing.T) { operated(ctx, t, g) })
 	if _, err := g.CheckUndisturbed(ctx); err != nil {
 		t.Error(err)
 	}

@@ -15,9 +15,6 @@ import (
 // TestPlain: the installation works without us: a virtual machine without a
 // VF boots and moves.
 func TestPlain(t *testing.T) {
-	if !*all {
-		t.Skip("only with -all")
-	}
 	ctx := testContext(t, 8*time.Minute)
 	if err := stack.CreateVM(ctx, "plain", VMOptions{}); err != nil {
 		t.Fatal(err)

@@ -243,11 +243,11 @@ func (g *guest) idleHead(off uint32) bool {
 	if !g.fleet.headsVary {
 		return false
 	}
+	if g.partAt(off) >= 0 {
+		return true
+	}
 	vf := g.twins[0].vf
 	for q := range g.rx {
-		if off == ixgbevf.VFTDH(q) && g.tx[q].part {
-			return true
-		}
 		if off == ixgbevf.VFRDH(q) && vf.Read(ixgbevf.VFRXDCTL(q))&ixgbevf.QueueEnable == 0 ||
 			off == ixgbevf.VFTDH(q) && vf.Read(ixgbevf.VFTXDCTL(q))&ixgbevf.QueueEnable == 0 {
 			return true

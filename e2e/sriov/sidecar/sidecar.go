@@ -10,10 +10,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"compsc.io/compsc/e2e/procstatus"
 )
 
 const (
@@ -79,40 +80,9 @@ func Limit(pid int, bytes uint64) error {
 	return nil
 }
 
-// unprivileged is what the kernel says of a thread without privileges.
-var unprivileged = map[string]string{
-	"Uid": fmt.Sprint(User, User, User, User), "Gid": fmt.Sprint(User, User, User, User), "Groups": "", "NoNewPrivs": "1",
-	"CapInh": none, "CapPrm": none, "CapEff": none, "CapBnd": none, "CapAmb": none,
-}
-
-const none = "0000000000000000"
-
-// Check tells by what the kernel says of each of its threads whether a process
-// has, or could get, a privilege.
+// Check tells whether a process has, or could get, a privilege, or is of another
+// user.
 func Check(pid int) error {
-	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
-	if err == nil && len(paths) == 0 {
-		err = fmt.Errorf("there is no process %d", pid)
-	}
-	var errs []error
-	for _, path := range paths {
-		status, rerr := os.ReadFile(path)
-		if errors.Is(rerr, unix.ENOENT) || errors.Is(rerr, unix.ESRCH) {
-			continue // the thread has ended
-		}
-		if rerr != nil {
-			return rerr
-		}
-		is := map[string]string{}
-		for line := range strings.Lines(string(status)) {
-			name, value, _ := strings.Cut(line, ":")
-			is[name] = strings.Join(strings.Fields(value), " ")
-		}
-		for name, want := range unprivileged {
-			if got, ok := is[name]; !ok || got != want {
-				errs = append(errs, fmt.Errorf("%s: %s is %q, want %q", path, name, got, want))
-			}
-		}
-	}
-	return errors.Join(append(errs, err)...)
+	user := fmt.Sprint(User, User, User, User)
+	return procstatus.Check(pid, procstatus.Unprivileged(map[string]string{"Uid": user, "Gid": user, "Groups": ""}))
 }
