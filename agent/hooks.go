@@ -27,7 +27,8 @@ import (
 //     is the last chance to stop without touching the VM;
 //   - whatever has happened already, or must not be held (a VM that stops), is
 //     never refused.
-func (a *agent) NodeHook(ctx context.Context, c *nodehook.Call) error {
+func (a *agent) NodeHook(ctx context.Context, c *nodehook.Call) (err error) {
+	defer func() { observeHook(c.Point, err) }()
 	switch c.Point {
 	case nodehook.PreVMStart:
 		return a.beforeStart(ctx, c.VMI)

@@ -7,6 +7,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
 )
 
@@ -24,11 +25,34 @@ var (
 		Name: "compsc_agent_condition",
 		Help: "1 for the status (True, False, Unknown) that each condition of the node's VFNode has, 0 for those that it has not.",
 	}, []string{"type", "status"})
+	nodeHooks = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "compsc_agent_node_hooks_total",
+		Help: "KubeVirt's calls of a node hook for a VM with VFs, by hook and by answer: go, or hold.",
+	}, []string{"hook", "answer"})
 )
+
+// The answers to a node hook.
+const answerGo, answerHold = "go", "hold"
 
 // serveMetrics has this process serve the agent's metrics, which other processes
 // of the same program do not.
-var serveMetrics = sync.OnceFunc(func() { metrics.Registry.MustRegister(pins, vfs, conditions) })
+var serveMetrics = sync.OnceFunc(func() {
+	metrics.Registry.MustRegister(pins, vfs, conditions, nodeHooks)
+	// Those that were never called are to be seen too.
+	for _, p := range nodehook.Points {
+		nodeHooks.WithLabelValues(string(p), answerGo)
+		nodeHooks.WithLabelValues(string(p), answerHold)
+	}
+})
+
+// observeHook counts a call of a node hook, and how it was answered.
+func observeHook(p nodehook.Point, answer error) {
+	a := answerGo
+	if answer != nil {
+		a = answerHold
+	}
+	nodeHooks.WithLabelValues(string(p), a).Inc()
+}
 
 // observeNode tells what the node's VFNode reports.
 func observeNode(st *v1alpha1.VFNodeStatus) {

@@ -1,15 +1,38 @@
 package agent
 
 import (
+	"log/slog"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	virtv1 "kubevirt.io/api/core/v1"
 
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
 )
+
+// TestNodeHookCounted: a call is counted by its answer.
+func TestNodeHookCounted(t *testing.T) {
+	count := func(p nodehook.Point, answer string) float64 {
+		t.Helper()
+		out := &dto.Metric{}
+		if err := nodeHooks.WithLabelValues(string(p), answer).Write(out); err != nil {
+			t.Fatal(err)
+		}
+		return out.GetCounter().GetValue()
+	}
+	a := &agent{log: slog.New(slog.DiscardHandler)}
+	for p, want := range map[nodehook.Point][2]float64{nodehook.PostVMStop: {1, 0}, "Sometimes": {0, 1}} {
+		before := [2]float64{count(p, answerGo), count(p, answerHold)}
+		err := a.NodeHook(t.Context(), &nodehook.Call{Point: p, VMI: &virtv1.VirtualMachineInstance{}})
+		if got := [2]float64{count(p, answerGo) - before[0], count(p, answerHold) - before[1]}; got != want {
+			t.Errorf("%s answers %v and counts %v, want %v", p, err, got, want)
+		}
+	}
+}
 
 func TestObserveNode(t *testing.T) {
 	value := func(g prometheus.Gauge) float64 {

@@ -241,7 +241,7 @@ func (w *world) aborted(t *testing.T, ctx context.Context, u *user) {
 	after := w.scrape(t, "")
 	for _, labels := range [][]string{{"vfmigration_total", "result", "failed"}, {"vfmigration_rollbacks_total", "result", "complete"}} {
 		args := append(slices.Clone(labels[1:]), "reason", v1alpha1.ReasonAborted)
-		if was, is := before.value(ours+labels[0], args...), after.value(ours+labels[0], args...); is != was+1 {
+		if was, is := before.Value(ours+labels[0], args...), after.Value(ours+labels[0], args...); is != was+1 {
 			t.Errorf("%s%q went from %v to %v when one was aborted", labels[0], args, was, is)
 		}
 	}

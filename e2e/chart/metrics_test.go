@@ -5,7 +5,6 @@ package chart
 import (
 	"context"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -16,73 +15,29 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/scrape"
 	"compsc.io/compsc/e2e/wait"
 )
 
 // ours is how the names of the product's metrics begin.
 const ours = "compsc_"
 
-// scraped are the metrics of a process, by name.
-type scraped map[string]*dto.MetricFamily
-
-// scrape reads the metrics of the node's agent, as a Prometheus on that node
-// would; of the manager, if there is no node.
-func (w *world) scrape(t *testing.T, node string) scraped {
+// scrape reads the metrics of the node's agent; of the manager, if there is no
+// node.
+func (w *world) scrape(t *testing.T, node string) (m scrape.Metrics) {
 	t.Helper()
-	ctx := within(t, 30*time.Second)
-	address, dial := net.JoinHostPort("127.0.0.1", strconv.Itoa(w.metricsPort)), (&net.Dialer{}).DialContext
+	ctx := within(t, time.Minute)
+	var err error
 	if node != "" {
-		address = "127.0.0.1:9444" // the chart's agent.metricsPort
-		dial = func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-			err = w.h.Lab.Nodes[node].NS.Do(func() error {
-				conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
-				return err
-			})
-			return conn, err
-		}
+		m, err = scrape.Agent(ctx, w.h.Lab.Nodes[node].NS)
+	} else {
+		m, err = scrape.Process(ctx, net.JoinHostPort("127.0.0.1", strconv.Itoa(w.metricsPort)), (&net.Dialer{}).DialContext)
 	}
-	c := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
-	var out scraped
-	check(t, wait.Until(ctx, "metrics at "+address, func(ctx context.Context) (bool, error) {
-		r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
-		if err != nil {
-			return false, err
-		}
-		answer, err := c.Do(r)
-		if err != nil {
-			return false, nil // it has just been started
-		}
-		defer answer.Body.Close()
-		p := expfmt.NewTextParser(model.UTF8Validation)
-		out, err = p.TextToMetricFamilies(answer.Body)
-		return err == nil, err
-	}))
-	return out
-}
-
-// value is that of the series of a metric with these labels, in pairs; of a
-// histogram the number of its observations. No such series is 0.
-func (s scraped) value(name string, labels ...string) float64 {
-	f := s[name]
-	if f == nil {
-		return 0
-	}
-	for _, m := range f.Metric {
-		matches := len(m.Label)*2 == len(labels)
-		for i := 0; matches && i < len(labels); i += 2 {
-			matches = slices.ContainsFunc(m.Label, func(l *dto.LabelPair) bool { return l.GetName() == labels[i] && l.GetValue() == labels[i+1] })
-		}
-		if matches {
-			return m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
-		}
-	}
-	return 0
+	check(t, err)
+	return m
 }
 
 // buildInfo is the version that a process says it is of.
@@ -123,9 +78,9 @@ func reference(t *testing.T, s string) map[string]map[string]described {
 }
 
 // served describes the product's metrics among the scraped ones.
-func (s scraped) served() map[string]described {
+func served(m scrape.Metrics) map[string]described {
 	out := map[string]described{}
-	for name, f := range s {
+	for name, f := range m {
 		if !strings.HasPrefix(name, ours) {
 			continue
 		}
@@ -148,7 +103,7 @@ func (w *world) metrics(t *testing.T) {
 	after := w.scrape(t, "")
 	grew := func(by float64, name string, labels ...string) {
 		t.Helper()
-		if was, is := before.value(ours+name, labels...), after.value(ours+name, labels...); is != was+by {
+		if was, is := before.Value(ours+name, labels...), after.Value(ours+name, labels...); is != was+by {
 			t.Errorf("%s%q went from %v to %v in a migration, want %v more", ours+name, labels, was, is, by)
 		}
 	}
@@ -169,18 +124,18 @@ func (w *world) metrics(t *testing.T) {
 	for _, name := range []string{"vm_stopped_seconds", "device_stopped_seconds", "link_gap_seconds", "state_bytes", "pages_marked"} {
 		grew(1, "vfmigration_"+name)
 	}
-	if n := after.value(ours+"vfmigrations", "phase", string(v1alpha1.PhaseCopying)); n != 0 {
+	if n := after.Value(ours+"vfmigrations", "phase", string(v1alpha1.PhaseCopying)); n != 0 {
 		t.Errorf("%v migrations are in a phase, want none", n)
 	}
 
 	want := reference(t, filepath.Dir(w.set.Config))
-	if diff := cmp.Diff(want["manager"], after.served()); diff != "" {
+	if diff := cmp.Diff(want["manager"], served(after)); diff != "" {
 		t.Errorf("the manager's metrics: docs/reference/metrics.md (-), /metrics (+):\n%s", diff)
 	}
 	on, err := w.h.VMNode(ctx)
 	check(t, err)
 	for node := range w.h.Lab.Nodes {
-		if diff := cmp.Diff(want["agent"], w.scrape(t, node).served()); diff != "" {
+		if diff := cmp.Diff(want["agent"], served(w.scrape(t, node))); diff != "" {
 			t.Errorf("the metrics of node %s's agent: docs/reference/metrics.md (-), /metrics (+):\n%s", node, diff)
 		}
 		pins := 0.0
@@ -189,8 +144,8 @@ func (w *world) metrics(t *testing.T) {
 		}
 		check(t, wait.Until(ctx, "node "+node+"'s agent to count its VFs", func(context.Context) (bool, error) {
 			s := w.scrape(t, node)
-			return s.value(ours+"agent_pins") == pins && s.value(ours+"agent_vfs", "state", "leased") == pins &&
-				s.value(ours+"agent_vfs", "state", "free") == harness.VFsPerNode-pins && s.value(ours+"agent_condition", "type", v1alpha1.ConditionReady, "status", "True") == 1, nil
+			return s.Value(ours+"agent_pins") == pins && s.Value(ours+"agent_vfs", "state", "leased") == pins &&
+				s.Value(ours+"agent_vfs", "state", "free") == harness.VFsPerNode-pins && s.Value(ours+"agent_condition", "type", v1alpha1.ConditionReady, "status", "True") == 1, nil
 		}))
 	}
 }
