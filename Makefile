@@ -147,9 +147,12 @@ previous:
 kubevirt-crds:
 	@hack/kubevirt-crds/build
 
+# Of `make kubevirt` and what needs it: the KubeVirt, 1.8 or 1.9.
+KUBEVIRT ?= 1.8
+
 .PHONY: kubevirt
-kubevirt: guest kube ## Make what a Kubernetes with real nodes and KubeVirt consists of (half an hour if nothing is cached).
-	@hack/kubevirt/build
+kubevirt: guest kube ## Make what a Kubernetes with real nodes and KubeVirt consists of (half an hour if nothing is cached); KUBEVIRT=1.9 for that one.
+	@hack/kubevirt/build $(KUBEVIRT)
 
 # This project's images as the nodes of e2e/kubevirt have them.
 .PHONY: kubevirt-product
@@ -160,12 +163,12 @@ kubevirt-product:
 	@DEVICEPLUGIN=out/kubevirt/deviceplugin ARCH=amd64 go run ./hack/image e2e/deviceplugin/image.yaml out/kubevirt/deviceplugin.tar
 
 .PHONY: e2e-kubevirt
-e2e-kubevirt: kubevirt kubevirt-product helm ## Move VMs on real Kubernetes and KubeVirt (as root; minutes, half an hour at first); ALL=1 for more.
-	@ALL=$(ALL) hack/test kubevirt $(TESTFLAGS)
+e2e-kubevirt: kubevirt kubevirt-product helm ## Move VMs on real Kubernetes and KubeVirt (as root; minutes, half an hour at first); ALL=1 for more, KUBEVIRT=1.9 for that one.
+	@ALL=$(ALL) COMPSC_KUBEVIRT=$(KUBEVIRT) hack/test kubevirt $(TESTFLAGS)
 
 .PHONY: demo-kubevirt
 demo-kubevirt: kubevirt kubevirt-product helm ## The demo on real Kubernetes and KubeVirt (as root); KEEP=1 leaves it running.
-	@go run ./e2e/kubevirt/demo $(if $(KEEP),-keep)
+	@COMPSC_KUBEVIRT=$(KUBEVIRT) go run ./e2e/kubevirt/demo $(if $(KEEP),-keep)
 
 .PHONY: kubevirt-hooks
 kubevirt-hooks:

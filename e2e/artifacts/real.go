@@ -20,8 +20,9 @@ type Real struct {
 	NodeTree string
 	// Images are archives of container images.
 	Images []string
-	// KubeVirt and Multus are the manifests that install them.
-	KubeVirt, Multus string
+	// KubeVirt and Multus are the manifests that install them, Release is
+	// KubeVirt's, such as 1.8. COMPSC_KUBEVIRT chooses another.
+	KubeVirt, Multus, Release string
 	// Helm is the program, Chart the repository's chart.
 	Helm, Chart string
 }
@@ -37,12 +38,14 @@ func FindReal() (Real, error) {
 	if err != nil {
 		return Real{}, err
 	}
+	release := or(os.Getenv("COMPSC_KUBEVIRT"), "1.8")
 	r := Real{
 		Repository:   root,
+		Release:      release,
 		ControlPlane: or(os.Getenv("KUBEBUILDER_ASSETS"), filepath.Join(cache, "kube", "bin")),
 		Programs:     filepath.Join(cache, "kube-node", "bin"),
 		NodeTree:     filepath.Join(cache, "kubevirt-node"),
-		KubeVirt:     filepath.Join(cache, "kubevirt", "operator.yaml"),
+		KubeVirt:     filepath.Join(cache, "kubevirt-"+release, "operator.yaml"),
 		Multus:       filepath.Join(cache, "multus", "daemonset.yaml"),
 		Helm:         or(os.Getenv("COMPSC_HELM"), filepath.Join(cache, "helm", "helm")),
 		Chart:        filepath.Join(root, "charts", "compsc"),
@@ -56,8 +59,9 @@ func FindReal() (Real, error) {
 			missing = append(missing, err)
 		}
 	}
-	if r.Images, err = filepath.Glob(filepath.Join(cache, "kubevirt-images", "*.tar")); err != nil || len(r.Images) == 0 {
-		missing = append(missing, errors.Join(err, errors.New("no images in "+filepath.Join(cache, "kubevirt-images"))))
+	images := filepath.Join(cache, "kubevirt-images-"+release)
+	if r.Images, err = filepath.Glob(filepath.Join(images, "*.tar")); err != nil || len(r.Images) == 0 {
+		missing = append(missing, errors.Join(err, errors.New("no images in "+images)))
 	}
 	// What changes with this project is built beside it.
 	for _, name := range []string{"compsc", "deviceplugin"} {
@@ -69,7 +73,7 @@ func FindReal() (Real, error) {
 	}
 	slices.Sort(r.Images)
 	if len(missing) > 0 {
-		return Real{}, fmt.Errorf("something to run with is missing, `make kubevirt` builds it: %w", errors.Join(missing...))
+		return Real{}, fmt.Errorf("something to run with is missing, `make kubevirt KUBEVIRT=%s` builds it: %w", release, errors.Join(missing...))
 	}
 	return r, nil
 }

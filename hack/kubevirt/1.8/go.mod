@@ -1,7 +1,7 @@
-// This module pins and builds the KubeVirt that `make e2e-kubevirt` installs.
-// The replacements are KubeVirt's own (of its go.mod at this version), but for
-// its staging modules, which are taken from the proxy, and libnbd.
-module compsc.io/compsc/hack/kubevirt
+// This module pins and builds KubeVirt 1.8. The replacements are KubeVirt's own
+// (of its go.mod at this version), but for its staging modules, which are taken
+// from the proxy, and libnbd.
+module compsc.io/compsc/hack/kubevirt/1.8
 
 go 1.25.0
 
@@ -172,7 +172,7 @@ replace (
 	kubevirt.io/api => kubevirt.io/api v1.8.4
 	kubevirt.io/client-go => kubevirt.io/client-go v1.8.4
 
-	libguestfs.org/libnbd => ./libnbd
+	libguestfs.org/libnbd => ../libnbd
 )
 
 tool (
