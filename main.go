@@ -288,13 +288,13 @@ func runDevice(ctx context.Context, sidecar, dir string) error {
 	if err != nil {
 		return err
 	}
-	l, err := hook.Listen(dir)
+	ls, err := hook.Listen(dir, kubevirt.PluginDir)
 	if err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return process.Run(ctx) })
-	g.Go(func() error { return server.Serve(ctx, l) })
+	g.Go(func() error { return server.Serve(ctx, ls...) })
 	return g.Wait()
 }
 

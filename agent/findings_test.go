@@ -34,6 +34,8 @@ func TestFindings(t *testing.T) {
 	kv.Status.ObservedKubeVirtVersion = "v1.9.0"
 	kv.Spec.Configuration.DeveloperConfiguration = &virtv1.DeveloperConfiguration{FeatureGates: []string{"Plugins"}}
 	plugin := &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: nodehook.PluginName}, Spec: pluginv1alpha1.PluginSpec{
+		DomainHooks: []pluginv1alpha1.DomainHook{{Sidecar: &pluginv1alpha1.SidecarDomainHook{SocketPath: nodehook.DomainHook},
+			Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail}},
 		NodeHooks: []pluginv1alpha1.NodeHook{{Socket: nodehook.Socket, Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail,
 			PermittedHooks: nodehook.Points}}}}
 	for name, tc := range map[string]struct {

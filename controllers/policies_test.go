@@ -305,6 +305,51 @@ func TestDevicesAreConfined(t *testing.T) {
 	}
 }
 
+// TestDomainHookIsMounted: CompSC's sidecars, and no others, get the directory of
+// KubeVirt's plugins in which virt-launcher looks for their domain hook, where
+// KubeVirt has plugins.
+func TestDomainHookIsMounted(t *testing.T) {
+	for _, u := range readObjects(t, filepath.Join("..", "config", "kubevirt", "plugin", "mount_domain_hook.yaml")) {
+		if err := admin.Create(t.Context(), u); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := admin.Delete(context.Background(), u); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	ns := newNamespace(t)
+	const volume = "kubevirt-plugin-sockets"
+	own := corev1.VolumeMount{Name: "hook-sidecar-sockets", MountPath: kubevirt.HooksDir, SubPath: "hook-sidecar-0"}
+	plugin := corev1.VolumeMount{Name: volume, MountPath: kubevirt.PluginDir, SubPath: "compsc"}
+	mounts := func(image string, volumes ...string) ([]corev1.VolumeMount, error) {
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, GenerateName: "virt-launcher-", Labels: map[string]string{kubevirt.LabelApp: kubevirt.AppLauncher}}}
+		c := sidecar("0", image)
+		c.VolumeMounts = []corev1.VolumeMount{own}
+		pod.Spec.Containers = []corev1.Container{{Name: "compute", Image: "virt-launcher"}, c}
+		for _, v := range append(volumes, own.Name) {
+			pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: v, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}})
+		}
+		err := admin.Create(t.Context(), pod, client.DryRunAll)
+		if len(pod.Spec.Containers[0].VolumeMounts) > 0 {
+			t.Errorf("compute has the mounts %+v", pod.Spec.Containers[0].VolumeMounts)
+		}
+		return pod.Spec.Containers[1].VolumeMounts, err
+	}
+	gomega.NewWithT(t).Eventually(func() ([]corev1.VolumeMount, error) { return mounts("registry.example/tools/compsc:v1", volume) },
+		patience, 20*time.Millisecond).Should(gomega.Equal([]corev1.VolumeMount{own, plugin}))
+	for name, got := range map[string]func() ([]corev1.VolumeMount, error){
+		"another's":       func() ([]corev1.VolumeMount, error) { return mounts("passt-binding", volume) },
+		"without plugins": func() ([]corev1.VolumeMount, error) { return mounts("compsc") },
+	} {
+		m, err := got()
+		if diff := cmp.Diff([]corev1.VolumeMount{own}, m); err != nil || diff != "" {
+			t.Errorf("%s: %v, mounts (-want +got):\n%s", name, err, diff)
+		}
+	}
+}
+
 // The policies name the same things as the code.
 func TestPoliciesAgree(t *testing.T) {
 	text := ""

@@ -77,6 +77,10 @@ const LabelMigrationUID = "compsc.io/migration-uid"
 const (
 	// HooksDir is the mount point.
 	HooksDir = "/var/run/kubevirt-hooks"
+	// PluginDir is where virt-launcher 1.9 looks for what a Plugin object of
+	// CompSC's name calls, and where the policy of config/kubevirt/plugin mounts
+	// the same directory into the sidecar. Without Plugins it is not there.
+	PluginDir = "/var/run/kubevirt-plugin/compsc"
 	// EnvContainerName tells a sidecar its container's name. Nothing else is
 	// told to a network binding's sidecar: it gets no command and no arguments.
 	EnvContainerName = "CONTAINER_NAME"

@@ -203,8 +203,9 @@ func TestContradictions(t *testing.T) {
 		{[]string{"agent.terminationGracePeriodSeconds=1239"}, "at least 1240 is needed for agent.drainTimeout=20m"},
 		{[]string{"agent.terminationGracePeriodSeconds=1240"}, ""},
 		{[]string{"agent.drainTimeout=1h30m0.5s", "agent.terminationGracePeriodSeconds=5440"}, ""},
+		{[]string{"kubevirt.plugin.enabled=true"}, "kubevirt.plugin.enabled needs Kubernetes 1.36"},
 	} {
-		_, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart}, values(test.set...)...)...)
+		_, err := runHelm(t, s, append([]string{"template", helm.Release, s.Chart, "--kube-version", "1.35.0"}, values(test.set...)...)...)
 		if test.says == "" && err != nil || test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
 			t.Errorf("%v: got %v, want %q", test.set, err, test.says)
 		}

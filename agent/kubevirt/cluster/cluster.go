@@ -156,6 +156,9 @@ func pluginFinding(ctx context.Context, r client.Reader, kv *virtv1.KubeVirt) (F
 		return bad(ReasonGateOff, "KubeVirt's feature gate %s is off%s", nodehook.FeatureGate, fallback), nil
 	}
 	switch found, err := nodehook.CheckPlugin(&list); {
+	case !found && len(list.Items) > 0:
+		return bad(ReasonPluginMissing, "there are Plugins, with which virt-launcher drops VFs from the domain so that their VMs do not start, and no Plugin %s, "+
+			"which prevents that; apply config/kubevirt/plugin", nodehook.PluginName), nil
 	case !found:
 		return bad(ReasonPluginMissing, "there is no Plugin %s; apply config/kubevirt/plugin%s", nodehook.PluginName, fallback), nil
 	case err != nil:

@@ -35,6 +35,8 @@ func newKubeVirt() *virtv1.KubeVirt {
 
 func newPlugin() *pluginv1alpha1.Plugin {
 	return &pluginv1alpha1.Plugin{ObjectMeta: metav1.ObjectMeta{Name: nodehook.PluginName}, Spec: pluginv1alpha1.PluginSpec{
+		DomainHooks: []pluginv1alpha1.DomainHook{{Sidecar: &pluginv1alpha1.SidecarDomainHook{SocketPath: nodehook.DomainHook},
+			Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail}},
 		NodeHooks: []pluginv1alpha1.NodeHook{
 			{Socket: nodehook.Socket, Condition: "true", FailureStrategy: pluginv1alpha1.FailureStrategyFail,
 				PermittedHooks: []nodehook.Point{nodehook.PreVMStart, nodehook.PreMigrationTarget, nodehook.PreMigrationSource}},
@@ -101,6 +103,14 @@ func TestDetect(t *testing.T) {
 			kv.Spec.Configuration.DeveloperConfiguration.DisabledFeatureGates = []string{nodehook.FeatureGate}
 		}, installed: ReasonInstalled, hooks: ReasonGateOff},
 		"no Plugin": {noPlugin: true, installed: ReasonInstalled, hooks: ReasonPluginMissing},
+		"only another's Plugin": {plugin: func(p *pluginv1alpha1.Plugin) { p.Name = "other" },
+			installed: ReasonInstalled, hooks: ReasonPluginMissing, text: "their VMs do not start"},
+		"no domain hook": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.DomainHooks = nil },
+			installed: ReasonInstalled, hooks: ReasonPluginMismatch, text: "no domain hook calls " + nodehook.DomainHook},
+		"a domain hook for all": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.DomainHooks[0].Condition = "" },
+			installed: ReasonInstalled, hooks: ReasonPluginMismatch, text: "domain hook 0 has no condition"},
+		"a domain hook that may fail": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.DomainHooks[0].FailureStrategy = "Ignore" },
+			installed: ReasonInstalled, hooks: ReasonPluginMismatch, text: "domain hook 0 has failureStrategy"},
 		"another socket": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.NodeHooks[0].Socket = "/x" },
 			installed: ReasonInstalled, hooks: ReasonPluginMismatch, text: "socket /x"},
 		"a hook without condition": {plugin: func(p *pluginv1alpha1.Plugin) { p.Spec.NodeHooks[1].Condition = "" },

@@ -7,6 +7,11 @@
 // tells anybody that it is ready to receive the VM. So an error, or an answer
 // that takes its time, keeps both from happening, without any feature gate;
 // virt-handler shows the error as an event of the VMI, and tries again.
+//
+// Where there is any Plugin object, virt-launcher 1.9 reads what OnDefineDomain
+// returned into types of its own, which know neither QEMU's arguments nor what
+// the VFs' interfaces are connected to, and calls the plugins' domain hooks with
+// the rest. So the same is done once more there (MutateDomain).
 package hook
 
 import (
@@ -33,12 +38,16 @@ import (
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/domain"
 	"compsc.io/compsc/agent/kubevirt/hook/callbackspb"
+	"compsc.io/compsc/agent/kubevirt/hook/domainpb"
 	"compsc.io/compsc/agent/kubevirt/hook/infopb"
 )
 
 // Socket is the name of the hook socket in the sidecar's directory. It must
 // differ from those of the pod's other sidecars: virt-launcher counts names.
 const Socket = "compsc.sock"
+
+// PluginSocket is the name of the domain hook's socket, in kubevirt.PluginDir.
+const PluginSocket = "domain.sock"
 
 // NetworkInfo is where KubeVirt shows the sidecar of a binding with
 // downwardAPI: device-info the annotation kubevirt.io/network-info of its pod.
@@ -86,6 +95,7 @@ type Options struct {
 type Server struct {
 	infopb.UnimplementedInfoServer
 	callbackspb.UnimplementedCallbacksServer
+	domainpb.UnimplementedDomainHookServiceServer
 	o    Options
 	once sync.Once
 }
@@ -102,10 +112,25 @@ func New(o Options) (*Server, error) {
 	return &Server{o: o}, nil
 }
 
-// Listen makes the hook socket in the sidecar's directory, in place of one
-// that an earlier process may have left.
-func Listen(dir string) (net.Listener, error) {
-	path := filepath.Join(dir, Socket)
+// Listen makes the hook socket in the sidecar's directory, and that of the domain
+// hook if there is a directory for it, in place of those that an earlier process
+// may have left.
+func Listen(dir, plugin string) ([]net.Listener, error) {
+	l, err := listen(filepath.Join(dir, Socket))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(plugin); errors.Is(err, os.ErrNotExist) {
+		return []net.Listener{l}, nil
+	}
+	p, err := listen(filepath.Join(plugin, PluginSocket))
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return []net.Listener{l, p}, nil
+}
+
+func listen(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("stale socket: %w", err)
 	}
@@ -116,11 +141,12 @@ func Listen(dir string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers on l until ctx ends. Calls under way then get some seconds.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+// Serve answers on all of ls until ctx ends. Calls under way then get some seconds.
+func (s *Server) Serve(ctx context.Context, ls ...net.Listener) error {
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
 	infopb.RegisterInfoServer(g, s)
 	callbackspb.RegisterCallbacksServer(g, s)
+	domainpb.RegisterDomainHookServiceServer(g, s)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -128,11 +154,16 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		defer t.Stop()
 		g.GracefulStop()
 	})
-	err := g.Serve(l)
+	ended := make(chan error, len(ls))
+	for _, l := range ls {
+		go func() { ended <- g.Serve(l) }()
+	}
+	err := <-ended
 	if !stop() {
 		<-stopped
 		return nil
 	}
+	g.Stop()
 	return fmt.Errorf("hook socket: %w", err)
 }
 
@@ -148,14 +179,26 @@ func (s *Server) Info(context.Context, *infopb.InfoParams) (*infopb.InfoResult, 
 // OnDefineDomain implements KubeVirt's service.
 func (s *Server) OnDefineDomain(ctx context.Context, r *callbackspb.OnDefineDomainParams) (*callbackspb.OnDefineDomainResult, error) {
 	doc, err := s.define(ctx, r.GetDomainXML(), r.GetVmi())
+	return &callbackspb.OnDefineDomainResult{DomainXML: doc}, err
+}
+
+// MutateDomain implements KubeVirt's service.
+func (s *Server) MutateDomain(ctx context.Context, r *domainpb.MutateDomainRequest) (*domainpb.MutateDomainResponse, error) {
+	doc, err := s.define(ctx, r.GetDomain(), r.GetVmi())
+	return &domainpb.MutateDomainResponse{Domain: doc}, err
+}
+
+// define returns the domain with the VFs, or a status that says why not.
+func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error) {
+	doc, err := s.withVFs(ctx, doc, vmiJSON)
 	if err != nil {
 		s.o.Log.Error("the domain is refused", "error", err)
 		return nil, status.Errorf(codes.FailedPrecondition, "compsc: %v", err)
 	}
-	return &callbackspb.OnDefineDomainResult{DomainXML: doc}, nil
+	return doc, nil
 }
 
-func (s *Server) define(ctx context.Context, doc, vmiJSON []byte) ([]byte, error) {
+func (s *Server) withVFs(ctx context.Context, doc, vmiJSON []byte) ([]byte, error) {
 	vmi, err := readVMI(vmiJSON)
 	if err != nil {
 		return nil, fmt.Errorf("the VMI that virt-launcher sent: %w", err)

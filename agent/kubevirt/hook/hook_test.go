@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -19,9 +20,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	virtv1 "kubevirt.io/api/core/v1"
+	"libvirt.org/go/libvirtxml"
 
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/agent/kubevirt/hook/callbackspb"
+	"compsc.io/compsc/agent/kubevirt/hook/domainpb"
 	"compsc.io/compsc/agent/kubevirt/hook/infopb"
 )
 
@@ -30,6 +33,7 @@ import (
 type launcher struct {
 	infopb.InfoClient
 	callbackspb.CallbacksClient
+	domainpb.DomainHookServiceClient
 	dir  string
 	down chan struct{}
 	done chan error
@@ -59,13 +63,14 @@ func start(t *testing.T, change func(*Options)) *launcher {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := Listen(x.dir)
+	plugin := t.TempDir()
+	ls, err := Listen(x.dir, plugin)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var ctx context.Context
 	ctx, x.stop = context.WithCancel(context.Background())
-	go func() { x.done <- s.Serve(ctx, l) }()
+	go func() { x.done <- s.Serve(ctx, ls...) }()
 	t.Cleanup(x.stop)
 	cc, err := grpc.NewClient("unix:"+filepath.Join(x.dir, Socket), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -73,6 +78,12 @@ func start(t *testing.T, change func(*Options)) *launcher {
 	}
 	t.Cleanup(func() { cc.Close() })
 	x.InfoClient, x.CallbacksClient = infopb.NewInfoClient(cc), callbackspb.NewCallbacksClient(cc)
+	pc, err := grpc.NewClient("unix:"+filepath.Join(plugin, PluginSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pc.Close() })
+	x.DomainHookServiceClient = domainpb.NewDomainHookServiceClient(pc)
 	return x
 }
 
@@ -242,20 +253,66 @@ func TestNetworkInfoAgrees(t *testing.T) {
 // TestStaleSocket: a process that was killed leaves its socket behind.
 func TestStaleSocket(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, Socket), nil, 0o600); err != nil {
-		t.Fatal(err)
+	plugin := filepath.Join(dir, "plugin")
+	for _, sockets := range []int{1, 2} {
+		if err := os.WriteFile(filepath.Join(dir, Socket), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ls, err := Listen(dir, plugin)
+		if err != nil || len(ls) != sockets {
+			t.Fatalf("%d sockets, want %d: %v", len(ls), sockets, err)
+		}
+		for _, l := range ls {
+			l.Close()
+		}
+		// KubeVirt has plugins from now on.
+		if err := os.Mkdir(plugin, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(plugin, PluginSocket), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	l, err := Listen(dir)
+}
+
+// TestDomainHook: what virt-launcher 1.9 drops of the domain, where there are
+// plugins, is there again after the domain hook: QEMU's arguments, and what the
+// interfaces are connected to.
+func TestDomainHook(t *testing.T) {
+	x := start(t, nil)
+	want, err := x.define(t, "net1", "net2")
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.Close()
+	dropped := regexp.MustCompile(`(?s)<commandline .*</commandline>|<source address="127.*?</source>`).ReplaceAll(want, nil)
+	if bytes.Contains(dropped, []byte("compsc-")) || bytes.Contains(dropped, []byte("127.86.70")) || !bytes.Contains(dropped, []byte("ua-net1")) {
+		t.Fatalf("not what virt-launcher would leave:\n%s", dropped)
+	}
+	for _, doc := range [][]byte{dropped, want} {
+		r, err := x.MutateDomain(t.Context(), &domainpb.MutateDomainRequest{DomainType: "libvirt", Domain: doc, Vmi: vmiJSON(t, "net1", "net2")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var is, was libvirtxml.Domain
+		if err := errors.Join(is.Unmarshal(string(r.Domain)), was.Unmarshal(string(want))); err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(was, is); d != "" {
+			t.Errorf("the domain (-OnDefineDomain +MutateDomain):\n%s", d)
+		}
+	}
+	_, err = x.MutateDomain(t.Context(), &domainpb.MutateDomainRequest{DomainType: "libvirt", Domain: dropped, Vmi: vmiJSON(t, "other")})
+	if status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("VFs that are not the VM's: %v", err)
+	}
 }
 
 // TestNamesOnTheWire: the names on the wire are KubeVirt's.
 func TestNamesOnTheWire(t *testing.T) {
-	if d := cmp.Diff([]string{"/kubevirt.hooks.info.Info/Info", "/kubevirt.hooks.v1alpha3.Callbacks/OnDefineDomain", "/kubevirt.hooks.v1alpha3.Callbacks/Shutdown"},
-		[]string{infopb.Info_Info_FullMethodName, callbackspb.Callbacks_OnDefineDomain_FullMethodName, callbackspb.Callbacks_Shutdown_FullMethodName}); d != "" {
+	if d := cmp.Diff([]string{"/kubevirt.hooks.info.Info/Info", "/kubevirt.hooks.v1alpha3.Callbacks/OnDefineDomain", "/kubevirt.hooks.v1alpha3.Callbacks/Shutdown",
+		"/kubevirt.hooks.plugins.v1alpha1.DomainHookService/MutateDomain"},
+		[]string{infopb.Info_Info_FullMethodName, callbackspb.Callbacks_OnDefineDomain_FullMethodName, callbackspb.Callbacks_Shutdown_FullMethodName,
+			domainpb.DomainHookService_MutateDomain_FullMethodName}); d != "" {
 		t.Error(d)
 	}
 }

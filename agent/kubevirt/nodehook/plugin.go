@@ -6,6 +6,9 @@ import (
 
 	"k8s.io/apimachinery/pkg/runtime"
 	pluginv1alpha1 "kubevirt.io/api/plugin/v1alpha1"
+
+	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/hook"
 )
 
 const (
@@ -34,9 +37,23 @@ func CheckPlugin(l *PluginList) (found bool, err error) {
 	return true, check(&l.Items[i])
 }
 
+// DomainHook is where virt-launcher finds the domain hook of CompSC's sidecar.
+const DomainHook = kubevirt.PluginDir + "/" + hook.PluginSocket
+
 // check tells what is wrong with a Plugin object. KubeVirt reads a node hook's own
 // condition and failureStrategy only, not those of the spec.
 func check(p *pluginv1alpha1.Plugin) error {
+	// Where there are Plugin objects, virt-launcher drops what the sidecar did to
+	// the domain (see package hook): a VM would start without its VFs.
+	i := slices.IndexFunc(p.Spec.DomainHooks, func(h pluginv1alpha1.DomainHook) bool { return h.Sidecar != nil && h.Sidecar.SocketPath == DomainHook })
+	switch {
+	case i < 0:
+		return fmt.Errorf("no domain hook calls %s", DomainHook)
+	case p.Spec.DomainHooks[i].Condition == "":
+		return fmt.Errorf("domain hook %d has no condition, so that it holds every VM of the cluster", i)
+	case p.Spec.DomainHooks[i].FailureStrategy != pluginv1alpha1.FailureStrategyFail:
+		return fmt.Errorf("domain hook %d has failureStrategy %q, it must be %s", i, p.Spec.DomainHooks[i].FailureStrategy, pluginv1alpha1.FailureStrategyFail)
+	}
 	served := map[Point]bool{}
 	for i, h := range p.Spec.NodeHooks {
 		switch {

@@ -11,7 +11,7 @@ import (
 
 // TestPluginManifest: our Plugin object is as the agent wants it, and KubeVirt
 // admits it: KubeVirt 1.9 compiles the spec's own condition, which it does not
-// apply to node hooks, in the language of domain hooks, where fields have Go's names.
+// apply to node hooks, in the language of domain hooks.
 func TestPluginManifest(t *testing.T) {
 	b, err := os.ReadFile(filepath.Join("..", "..", "..", "config", "kubevirt", "plugin", "plugin.yaml"))
 	if err != nil {
