@@ -11,6 +11,7 @@ require (
 	google.golang.org/grpc v1.79.3
 	k8s.io/client-go v0.37.1
 	kubevirt.io/api v1.9.0
+	libvirt.org/go/libvirtxml v1.12002.0
 	sigs.k8s.io/yaml v1.6.0
 )
 

@@ -4,14 +4,15 @@
 //
 // Usage: kubevirt-hooks PLUGIN.yaml SOCKET
 //
-//	kubevirt-hooks sidecar DIRECTORY
+//	kubevirt-hooks sidecar DIRECTORY [PLUGIN.yaml]
 //
 // The Plugin object's hooks are called at SOCKET instead of where it says. Each
 // line on standard input is a call, {"hookPoint", "node", "vmi"}; each is answered
 // by a line {"error"} with what virt-handler would report, empty for nothing.
 //
 // The second form is virt-launcher's caller of sidecars, whose sockets it looks for
-// below the DIRECTORY. Calls are {"call", "domain", "vmi"}, where "call" is Collect,
+// below the DIRECTORY. With a Plugin object, which is checked as KubeVirt admits it, it goes
+// on with that one's domain hooks, whose sockets are below DIRECTORY-plugin. Calls are {"call", "domain", "vmi"}, where "call" is Collect,
 // OnDefineDomain or Shutdown; answers {"error", "domain"}.
 package main
 
@@ -33,28 +34,28 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: kubevirt-hooks PLUGIN.yaml SOCKET | kubevirt-hooks sidecar DIRECTORY")
+	var err error
+	switch args := os.Args[1:]; {
+	case len(args) == 3 && args[0] == "sidecar":
+		err = sidecars(args[1], args[2], os.Stdin, os.Stdout)
+	case len(args) == 2 && args[0] == "sidecar":
+		err = sidecars(args[1], "", os.Stdin, os.Stdout)
+	case len(args) == 2:
+		err = run(args[0], args[1], os.Stdin, os.Stdout)
+	default:
+		fmt.Fprintln(os.Stderr, "usage: kubevirt-hooks PLUGIN.yaml SOCKET | kubevirt-hooks sidecar DIRECTORY [PLUGIN.yaml]")
 		os.Exit(2)
 	}
-	call := func() error { return run(os.Args[1], os.Args[2], os.Stdin, os.Stdout) }
-	if os.Args[1] == "sidecar" {
-		call = func() error { return sidecars(os.Args[2], os.Stdin, os.Stdout) }
-	}
-	if err := call(); err != nil {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "kubevirt-hooks:", err)
 		os.Exit(1)
 	}
 }
 
 func run(file, socket string, in io.Reader, out io.Writer) error {
-	text, err := os.ReadFile(file)
+	plugin, err := readPlugin(file)
 	if err != nil {
 		return err
-	}
-	plugin := &pluginv1alpha1.Plugin{}
-	if err := yaml.UnmarshalStrict(text, plugin); err != nil {
-		return fmt.Errorf("%s: %w", file, err)
 	}
 	for i := range plugin.Spec.NodeHooks {
 		plugin.Spec.NodeHooks[i].Socket = socket
@@ -90,4 +91,16 @@ func run(file, socket string, in io.Reader, out io.Writer) error {
 			return err
 		}
 	}
+}
+
+func readPlugin(file string) (*pluginv1alpha1.Plugin, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	plugin := &pluginv1alpha1.Plugin{}
+	if err := yaml.UnmarshalStrict(text, plugin); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return plugin, nil
 }

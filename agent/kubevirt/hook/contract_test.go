@@ -31,8 +31,8 @@ type virtLauncher struct {
 type answer struct{ Error, Domain string }
 
 // startVirtLauncher runs the caller of sidecars whose sockets are in directories
-// below dir.
-func startVirtLauncher(t *testing.T, dir string) *virtLauncher {
+// below dir, and of a Plugin object if one is given.
+func startVirtLauncher(t *testing.T, dir string, plugin ...string) *virtLauncher {
 	t.Helper()
 	tool := os.Getenv("COMPSC_CACHE")
 	if tool == "" {
@@ -43,7 +43,7 @@ func startVirtLauncher(t *testing.T, dir string) *virtLauncher {
 		tool = filepath.Join(home, ".cache", "compsc")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, filepath.Join(tool, "kubevirt-hooks", "kubevirt-hooks"), "sidecar", dir)
+	cmd := exec.CommandContext(ctx, filepath.Join(tool, "kubevirt-hooks", "kubevirt-hooks"), append([]string{"sidecar", dir}, plugin...)...)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -104,8 +104,10 @@ func (l *virtLauncher) fails(want string, interfaces ...string) {
 
 // sidecar is CompSC's, which can be started again in the same place.
 type sidecar struct {
-	dir  string
-	down atomic.Int32
+	dir string
+	// plugin is the directory of the domain hook, which need not be there.
+	plugin string
+	down   atomic.Int32
 
 	mu    sync.Mutex
 	await func(context.Context) error
@@ -140,7 +142,7 @@ func (s *sidecar) start(t *testing.T) (stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ls, err := Listen(s.dir, filepath.Join(s.dir, "none"))
+	ls, err := Listen(s.dir, s.plugin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +165,7 @@ func (s *sidecar) start(t *testing.T) (stop func()) {
 // asked again, and after an abort.
 func TestContract(t *testing.T) {
 	base := t.TempDir()
-	s := &sidecar{dir: filepath.Join(base, "hook-sidecar-0")}
+	s := &sidecar{dir: filepath.Join(base, "hook-sidecar-0"), plugin: filepath.Join(base, "none")}
 	if err := os.Mkdir(s.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -221,4 +223,28 @@ func TestContract(t *testing.T) {
 	if n := s.down.Load(); n != 1 {
 		t.Errorf("shut down %d times, want once", n)
 	}
+}
+
+// TestPluginContract: where there is a Plugin object, virt-launcher drops of a
+// sidecar's domain what its types do not know. With ours, which KubeVirt admits, it
+// gets that back from the sidecar's domain hook.
+func TestPluginContract(t *testing.T) {
+	base := filepath.Join(t.TempDir(), "hooks")
+	s := &sidecar{dir: filepath.Join(base, "hook-sidecar-0"), plugin: filepath.Join(base+"-plugin", filepath.Base(kubevirt.PluginDir))}
+	for _, dir := range []string{s.dir, s.plugin} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.start(t)
+	l := startVirtLauncher(t, base, filepath.Join("..", "..", "..", "config", "kubevirt", "plugin", "plugin.yaml"))
+	l.does("Collect")
+	domain := l.does("OnDefineDomain", "net1")
+	for _, want := range []string{`gate.sock`, `qmp.sock`, `vf.sock`, `<alias name="ua-net1">`, `<source address="127.`} {
+		if strings.Count(domain, want) != 1 {
+			t.Errorf("the domain has %d times %s:\n%s", strings.Count(domain, want), want, domain)
+		}
+	}
+	s.becomes(func(context.Context) error { return errors.New("the VFs are not attached yet") })
+	l.fails("not attached yet", "net1")
 }
