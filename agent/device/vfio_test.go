@@ -284,7 +284,7 @@ func TestVFIOThatCannotReachIsRefused(t *testing.T) {
 	if r := i.memory.Ranges(); len(r) != 0 {
 		t.Errorf("the guest's memory is still mapped: %v", r)
 	}
-	if want := "it needs 4096 MiB"; !strings.Contains(i.p.lastError, want) {
+	if want := "needs 4096 MiB"; !strings.Contains(i.p.lastError, want) {
 		t.Errorf("the status says %q, want %q in it", i.p.lastError, want)
 	}
 }

@@ -14,21 +14,30 @@ import (
 // to reach.
 type MemlockError struct {
 	// Needed and Limit are in bytes. Needed is what this VF's mappings come to
-	// with the one that failed; each VF of a VM locks the guest's RAM again.
+	// with the one that failed.
 	Needed, Limit uint64
 	// PerUser says that the kernel counts what all processes of this one's user
 	// lock by iommufd, and not this one's alone.
 	PerUser bool
 }
 
-// Error names the amount and says what to do.
+// Error names the amounts and says what to do.
 func (e *MemlockError) Error() string {
 	others := ""
 	if e.PerUser {
 		others = ", and what other processes of its user lock by iommufd counts too"
 	}
-	return fmt.Sprintf("memory that a VF reaches is locked, and this process may lock %d MiB: it needs %d MiB for each VF (the guest's RAM)%s; "+
-		"raise its limit RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK", e.Limit>>20, (e.Needed+1<<20-1)>>20, others)
+	return fmt.Sprintf("memory that a VF reaches is locked, for each VF anew, and this process may lock %s: this VF needs %s%s; "+
+		"raise its limit RLIMIT_MEMLOCK, or give it CAP_IPC_LOCK", amount(e.Limit), amount(e.Needed), others)
+}
+
+// amount is in MiB if these are whole, and else in KiB, so that no amount looks
+// like a smaller one.
+func amount(bytes uint64) string {
+	if bytes != 0 && bytes%(1<<20) == 0 {
+		return fmt.Sprintf("%d MiB", bytes>>20)
+	}
+	return fmt.Sprintf("%d KiB", bytes>>10)
 }
 
 // Unwrap is ENOMEM, what the kernel says.

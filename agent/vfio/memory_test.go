@@ -92,8 +92,18 @@ func TestMemlockIsNamed(t *testing.T) {
 		if !errors.As(err, &lock) || *lock != (MemlockError{Needed: 2 << 20, Limit: 8 << 20, PerUser: perUser}) || !errors.Is(err, unix.ENOMEM) {
 			t.Errorf("error %v", err)
 		}
-		if want := "may lock 8 MiB: it needs 2 MiB"; err == nil || !strings.Contains(err.Error(), want) {
+		if want := "may lock 8 MiB: this VF needs 2 MiB"; err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("error %q, want %q in it", err, want)
+		}
+		if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: 64 << 10, Max: old.Max}); err != nil {
+			t.Fatal(err)
+		}
+		_, err = d.NewScratch(pageSize)
+		if want := "may lock 64 KiB: this VF needs 1028 KiB"; err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %q, want %q in it", err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "RAM") {
+			t.Errorf("error %q is about scratch memory, which is not the guest's", err)
 		}
 	})
 }
