@@ -89,6 +89,10 @@ e2e-iommufd: qemu-tree sriov-node iommufd-node build ## Run the same tests on a 
 e2e-nested: qemu-tree guest sriov-node build ## Move a guest inside such a VM, with its own igbvf, from card to card (as root; minutes).
 	@hack/test nested $(TESTFLAGS)
 
+.PHONY: e2e-nodes
+e2e-nodes: artifacts sriov-node ## Move such a guest from one such VM to another, by a VFMigration (as root; minutes).
+	@hack/test nodes $(TESTFLAGS)
+
 # What make test fuzzes: what a guest or a peer can reach in the running product, and guests that move.
 FUZZED = ./agent/vfiouser ./agent/gate ./agent/compsc ./agent/family/ixgbevf ./agent/family/igbvf ./e2e/twin
 

@@ -47,6 +47,8 @@ const (
 
 	peerPort  = "9443"
 	stopGrace = 10 * time.Second
+	// inventoryTimeout bounds the start of an agent, on a machine that is slow too.
+	inventoryTimeout = 3 * time.Minute
 )
 
 // Options of a Harness.
@@ -66,9 +68,25 @@ type Options struct {
 	// started: ManagerName, AgentName of a node, or DeviceName. Without it
 	// that is the one of Artifacts.
 	Binary func(process string) string
+	// Machines, if set, makes machines of the lab's nodes, which agents and pods
+	// then run on. The Harness closes them.
+	Machines func(context.Context, *lab.Lab) (Machines, error)
 	// Install, if set, installs the product into the cluster, which has nothing
 	// of it. Without it the harness does, in its own way.
 	Install func(context.Context, *Harness) (Installation, error)
+}
+
+// Machines are nodes that are machines of their own.
+type Machines interface {
+	standin.Machines
+	// Configure says what of the stand-in is different with them.
+	Configure(*standin.Config)
+	// Compsc is the path of the product's binary there.
+	Compsc() string
+	// Copy copies files to a node, to the same paths.
+	Copy(node string, files ...string) error
+	// Close ends them.
+	Close() error
 }
 
 // Installation says how the product's processes are started, as a kubelet would
@@ -87,6 +105,7 @@ type Harness struct {
 	StandIn *standin.StandIn
 
 	o         Options
+	machines  Machines
 	certs     map[string]pki.Files
 	installed Installation
 
@@ -109,6 +128,11 @@ func Start(ctx context.Context, o Options) (_ *Harness, err error) {
 	o.Progress("two nodes and a hub: network namespaces")
 	if h.Lab, err = lab.New(ctx, NodeA, NodeB); err != nil {
 		return nil, err
+	}
+	if o.Machines != nil {
+		if h.machines, err = o.Machines(ctx, h.Lab); err != nil {
+			return nil, err
+		}
 	}
 	o.Progress("control plane: etcd and kube-apiserver, CRDs, RBAC")
 	h.Cluster, err = cluster.Start(ctx, h.Lab, cluster.Options{
@@ -147,11 +171,16 @@ func Start(ctx context.Context, o Options) (_ *Harness, err error) {
 			return nil, err
 		}
 	}
-	h.StandIn, err = standin.Start(ctx, standin.Config{
+	played := standin.Config{
 		Lab: h.Lab, REST: h.Cluster.Config, Client: h.Cluster.Client, Compsc: func() string { return h.binary(DeviceName) },
 		QEMUTree: o.Artifacts.QEMU, Kernel: o.Artifacts.Kernel, Initrd: o.Artifacts.Initrd,
 		PodsDir: h.podsDir, DeviceArgs: o.DeviceArgs, Log: o.Log,
-	})
+	}
+	if h.machines != nil {
+		played.Machines = h.machines
+		h.machines.Configure(&played)
+	}
+	h.StandIn, err = standin.Start(ctx, played)
 	return h, err
 }
 
@@ -171,6 +200,10 @@ func (h *Harness) Close() error {
 		wg.Go(func() { p.Stop(stopGrace) })
 	}
 	wg.Wait()
+	if h.machines != nil {
+		errs = append(errs, h.machines.Close())
+		h.machines = nil
+	}
 	if h.Cluster != nil {
 		errs = append(errs, h.Cluster.Close())
 		h.Cluster = nil
@@ -257,12 +290,29 @@ func (h *Harness) StartAgent(node string, vfs int) error {
 		}
 		return h.start(AgentName(node), n.NS, append(args, "--pods-dir", h.podsDir(node), "--model-pf", pf)...)
 	}
-	return h.start(AgentName(node), n.NS,
+	args := []string{
 		"agent", "--node-name", node, "--kubeconfig", h.Cluster.AgentKubeconfig, "--namespace", v1alpha1.SystemNamespace,
 		"--pods-dir", h.podsDir(node), "--peer-listen", listen, "--peer-advertise", listen,
 		"--tls-cert", c.Cert, "--tls-key", c.Key, "--tls-ca", c.CA,
-		"--model-pf", pf,
-		"--metrics-bind-address", "0")
+		"--metrics-bind-address", "0",
+	}
+	if h.machines != nil {
+		return h.startFarAgent(node, args, h.Cluster.AgentKubeconfig, c.Cert, c.Key, c.CA)
+	}
+	return h.start(AgentName(node), n.NS, append(args, "--model-pf", pf)...)
+}
+
+// startFarAgent starts the agent of a node that is a machine of its own.
+func (h *Harness) startFarAgent(node string, args []string, files ...string) error {
+	if err := h.machines.Copy(node, files...); err != nil {
+		return err
+	}
+	name := AgentName(node)
+	return h.launch(name, func() (*lab.Process, error) {
+		return h.machines.Start(node, lab.Command{
+			Name: name, Path: h.machines.Compsc(), Args: args, Log: filepath.Join(h.LogDir(), name+".log"),
+		})
+	})
 }
 
 // StopAgent kills the node's agent, as a failure would.
@@ -287,14 +337,20 @@ func (h *Harness) end(name string) (*lab.Process, error) {
 }
 
 func (h *Harness) start(name string, ns *lab.NS, args ...string) error {
+	return h.launch(name, func() (*lab.Process, error) {
+		return h.Lab.Start(lab.Command{
+			Name: name, Path: h.binary(name), Args: args, NS: ns, Log: filepath.Join(h.LogDir(), name+".log"),
+		})
+	})
+}
+
+func (h *Harness) launch(name string, start func() (*lab.Process, error)) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.procs[name] != nil {
 		return fmt.Errorf("%s runs already", name)
 	}
-	p, err := h.Lab.Start(lab.Command{
-		Name: name, Path: h.binary(name), Args: args, NS: ns, Log: filepath.Join(h.LogDir(), name+".log"),
-	})
+	p, err := start()
 	if err != nil {
 		return err
 	}
@@ -331,7 +387,7 @@ func (h *Harness) FreeVFs(ctx context.Context, node string) (free, all int, err 
 
 // AwaitInventory waits until the node's agent has published so many VFs.
 func (h *Harness) AwaitInventory(ctx context.Context, node string, vfs int) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, inventoryTimeout)
 	defer cancel()
 	return wait.Until(ctx, "the inventory of node "+node, func(ctx context.Context) (bool, error) {
 		if p := h.Agent(node); p != nil {

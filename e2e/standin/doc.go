@@ -10,6 +10,11 @@
 // the conversion of a VMI to a domain, virt-launcher's RPC) and every feature
 // that a migration with a VF does not touch.
 //
+// Where nodes are machines of their own (Machines), QEMU runs without libvirt: by a
+// command line with little of the domain but all that the sidecar put into it, and
+// by QMP commands in libvirt's order, from one node to the other without
+// KubeVirt's proxies.
+//
 // The order of things follows the sources of KubeVirt v1.9:
 //
 //   - pkg/virt-controller/watch/migration/migration.go: phases of a

@@ -4,13 +4,10 @@ import (
 	"context"
 	_ "embed"
 	"errors"
-	"fmt"
 	"path/filepath"
 	"strings"
 	"time"
 
-	libvirt "github.com/digitalocean/go-libvirt"
-	corev1 "k8s.io/api/core/v1"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"libvirt.org/go/libvirtxml"
 )
@@ -44,8 +41,8 @@ type domain struct {
 	// monitor is one of the stand-in's own, to watch QEMU with. Everything
 	// that changes something goes through libvirt.
 	*monitor
-	name     string
-	launcher *launcher
+	name    string
+	compute compute
 	// dir holds the stand-in's own sockets, as seen from outside.
 	dir string
 }
@@ -115,95 +112,23 @@ func (s *StandIn) startDomain(ctx context.Context, p *pod, v *kubevirtv1.Virtual
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, s.bound(time.Minute))
 	defer cancel()
-	if err := p.launcher.call(ctx, func(l *libvirt.Libvirt) error {
-		d, err := l.DomainDefineXML(doc)
-		if err != nil {
-			return err
-		}
-		var flags libvirt.DomainCreateFlags
-		if startsPaused(v) {
-			flags = libvirt.DomainStartPaused
-		}
-		_, err = l.DomainCreateWithFlags(d, uint32(flags))
-		return err
-	}); err != nil {
-		return nil, errors.Join(err, logTail(p.launcher.proc))
+	if err := p.compute.start(ctx, doc, startsPaused(v)); err != nil {
+		return nil, err
 	}
 	return s.observe(ctx, p, v)
 }
 
-// observe watches the QEMU that libvirt starts in the pod.
+// observe watches the QEMU that is started in the pod.
 func (s *StandIn) observe(ctx context.Context, p *pod, v *kubevirtv1.VirtualMachineInstance) (*domain, error) {
-	d := &domain{name: domainName(v), launcher: p.launcher, dir: filepath.Join(p.dir, ownDir)}
+	d := &domain{name: domainName(v), compute: p.compute, dir: filepath.Join(p.dir, ownDir)}
 	var err error
-	d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, observerSocket), p.launcher.proc.Done())
+	d.monitor, err = openMonitor(ctx, filepath.Join(d.dir, observerSocket), p.compute.silent())
 	if err != nil {
 		return nil, err
 	}
 	return d, nil
-}
-
-// do has libvirt do something with the domain.
-func (d *domain) do(ctx context.Context, do func(*libvirt.Libvirt, libvirt.Domain) error) error {
-	return d.launcher.call(ctx, func(l *libvirt.Libvirt) error {
-		x, err := l.DomainLookupByName(d.name)
-		if err != nil {
-			return err
-		}
-		return do(l, x)
-	})
-}
-
-// state is libvirt's word on the domain.
-func (d *domain) state(ctx context.Context) (state libvirt.DomainState, err error) {
-	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
-	defer cancel()
-	err = d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) error {
-		n, _, err := l.DomainGetState(x, 0)
-		state = libvirt.DomainState(n)
-		return err
-	})
-	return state, err
-}
-
-// fate is how a pod ends whose QEMU has ended: well, if its VM moved away.
-func (d *domain) fate(ctx context.Context) corev1.PodPhase {
-	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
-	defer cancel()
-	t := time.NewTicker(20 * time.Millisecond)
-	defer t.Stop()
-	for {
-		var state, reason int32
-		err := d.do(ctx, func(l *libvirt.Libvirt, x libvirt.Domain) (err error) {
-			state, reason, err = l.DomainGetState(x, 0)
-			return err
-		})
-		if err != nil || libvirt.DomainState(state) == libvirt.DomainShutoff {
-			if err == nil && libvirt.DomainShutoffReason(reason) == libvirt.DomainShutoffMigrated {
-				return corev1.PodSucceeded
-			}
-			return corev1.PodFailed
-		}
-		select { // libvirt has not taken it in yet
-		case <-t.C:
-		case <-ctx.Done():
-			return corev1.PodFailed
-		}
-	}
-}
-
-// pid is QEMU's process.
-func (d *domain) pid() (int, error) {
-	pids, err := d.launcher.processes("qemu-system-x86")
-	if err != nil {
-		return 0, err
-	}
-	if len(pids) != 1 {
-		return 0, fmt.Errorf("%d QEMUs in the pod of domain %s, want 1", len(pids), d.name)
-	}
-	return pids[0], nil
 }
 
 func startsPaused(v *kubevirtv1.VirtualMachineInstance) bool {

@@ -16,8 +16,9 @@ import (
 	"compsc.io/compsc/agent/kubevirt/hook/infopb"
 )
 
-// hookTimeout bounds a call of a hook, as virt-launcher does.
-const hookTimeout = time.Minute
+// hookTimeout bounds a call of a hook, infoTimeout that which asks for the hooks, as
+// virt-launcher does.
+const hookTimeout, infoTimeout = time.Minute, time.Second
 
 // collect finds the sidecar's hook socket as virt-launcher does: all that lies
 // in a sidecar's directory and is no directory must answer Info.
@@ -36,7 +37,7 @@ func (p *pod) collect(ctx context.Context) error {
 			return err
 		}
 		defer conn.Close()
-		call, cancel := context.WithTimeout(ctx, time.Second)
+		call, cancel := context.WithTimeout(ctx, p.bound(infoTimeout))
 		info, err := infopb.NewInfoClient(conn).Info(call, &infopb.InfoParams{})
 		cancel()
 		if err != nil {
@@ -75,7 +76,7 @@ func (p *pod) callbacks(ctx context.Context, do func(context.Context, callbacksp
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, hookTimeout)
+	ctx, cancel := context.WithTimeout(ctx, p.bound(hookTimeout))
 	defer cancel()
 	return do(ctx, callbackspb.NewCallbacksClient(conn))
 }
@@ -99,7 +100,7 @@ func (p *pod) onDefineDomain(ctx context.Context, doc string, v *kubevirtv1.Virt
 
 // shutdown tells the sidecar that the VM has ended.
 func (p *pod) shutdown() error {
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+	ctx, cancel := context.WithTimeout(context.Background(), p.bound(shutdownGrace))
 	defer cancel()
 	return p.callbacks(ctx, func(ctx context.Context, c callbackspb.CallbacksClient) error {
 		_, err := c.Shutdown(ctx, &callbackspb.ShutdownParams{})

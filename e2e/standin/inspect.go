@@ -107,7 +107,7 @@ func (s *StandIn) QEMUPID(ctx context.Context, key client.ObjectKey) (int, error
 	if err != nil {
 		return 0, err
 	}
-	return d.pid()
+	return d.compute.pid()
 }
 
 // Consoles is the end, at most n bytes each, of what firmware and guests
@@ -116,7 +116,7 @@ func (s *StandIn) Consoles(n int) (map[string]string, error) {
 	s.mu.Lock()
 	logs := map[string]string{}
 	for _, p := range s.pods {
-		logs[p.name] = filepath.Join(p.launcher.private(p), consoleLog)
+		logs[p.name] = p.compute.console(p)
 	}
 	s.mu.Unlock()
 	out := map[string]string{}

@@ -43,7 +43,8 @@ const libvirtTimeout = 30 * time.Second
 // launcher is the compute container: libvirtd, which is started again when it
 // is killed, as virt-launcher does, and what it starts.
 type launcher struct {
-	proc *lab.Process
+	standIn *StandIn
+	proc    *lab.Process
 	// dir is what it has as /run, seen from outside.
 	dir string
 }
@@ -51,7 +52,7 @@ type launcher struct {
 // startLauncher starts the compute container of a pod.
 func (s *StandIn) startLauncher(p *pod) error {
 	tree := s.cfg.QEMUTree
-	x := &launcher{dir: filepath.Join(p.dir, "run")}
+	x := &launcher{standIn: s, dir: filepath.Join(p.dir, "run")}
 	etc := filepath.Join(p.dir, "etc")
 	dirs := map[string]string{
 		"/etc/libvirt": etc,
@@ -105,7 +106,7 @@ func (s *StandIn) startLauncher(p *pod) error {
 	if err != nil {
 		return err
 	}
-	p.launcher = x
+	p.launcher, p.compute = x, x
 	return nil
 }
 

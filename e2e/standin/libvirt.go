@@ -53,7 +53,8 @@ type job struct {
 }
 
 // Timing is when the VM stopped and started again, by the times of QEMU's
-// events: one clock, as both QEMUs run on one machine.
+// events: one clock, as both QEMUs run on one machine, unless nodes are machines of
+// their own.
 type Timing struct {
 	// Stopped is the source's STOP, Resumed the target's RESUME.
 	Stopped, Resumed time.Time
@@ -108,8 +109,8 @@ func (s *StandIn) Stopped(migration types.UID) (Domains, bool) {
 }
 
 func (j *job) domains() (Domains, bool) {
-	source, err1 := j.src.pid()
-	target, err2 := j.dst.pid()
+	source, err1 := j.src.compute.pid()
+	target, err2 := j.dst.compute.pid()
 	return Domains{SourcePID: source, TargetPID: target}, errors.Join(err1, err2) == nil
 }
 
@@ -160,7 +161,7 @@ func (s *StandIn) startJob(x *scope) error {
 	m := &kubevirtv1.VirtualMachineInstanceMigration{ObjectMeta: metav1.ObjectMeta{Name: x.m.Name, Namespace: x.m.Namespace}}
 	go func() {
 		j.err = s.migrate(s.ctx, j)
-		s.log.Info("libvirt's migration ended", "migration", j.name, "error", j.err)
+		s.log.Info("the VM's move ended", "migration", j.name, "error", j.err)
 		close(j.done)
 		s.poke(s.pokeMigrations, m)
 	}()
@@ -186,9 +187,7 @@ func (s *StandIn) SpeedUp(ctx context.Context) error {
 		if src == nil {
 			continue
 		}
-		if err := src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error {
-			return l.DomainMigrateSetMaxSpeed(d, unlimited, 0)
-		}); err != nil {
+		if err := src.compute.setSpeed(ctx, src, unlimited); err != nil {
 			return err
 		}
 	}
@@ -214,23 +213,18 @@ func (j *job) abort(ctx context.Context) {
 			if src := j.source.activeDomain(); src != nil {
 				// libvirt's answer is the migration's end. It refuses when
 				// nothing is left to cancel.
-				_ = src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error { return l.DomainAbortJob(d) })
+				_ = src.compute.abort(ctx, src)
 			}
 		}()
 	})
 }
 
-// migrate has the source's libvirt move the VM, as virt-launcher does.
+// migrate has the source move the VM, as virt-launcher does.
 func (s *StandIn) migrate(ctx context.Context, j *job) error {
 	src := j.source.activeDomain()
 	if src == nil {
 		return errors.New("the source domain is gone")
 	}
-	x, err := s.startProxies(j.source, j.target, j.address)
-	if err != nil {
-		return err
-	}
-	defer x.close()
 	for _, p := range []*pod{j.source, j.target} {
 		p.mu.Lock()
 		p.job = j
@@ -242,15 +236,15 @@ func (s *StandIn) migrate(ctx context.Context, j *job) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.watchSource(watch, j, src, from) })
 	wg.Go(func() { s.watchTarget(watch, j) })
-	limit := time.AfterFunc(completionTimeout, func() { j.abort(ctx) })
-	err = s.perform(ctx, j, src)
+	limit := time.AfterFunc(s.bound(completionTimeout), func() { j.abort(ctx) })
+	err := j.source.compute.migrate(ctx, j, src)
 	close(j.performed)
 	limit.Stop()
 	if err != nil {
 		stop()
 	}
 	// What the target's QEMU said is read to its end.
-	time.AfterFunc(finishTimeout, stop)
+	time.AfterFunc(s.bound(finishTimeout), stop)
 	wg.Wait()
 	if err != nil {
 		s.finishPod(j.target, corev1.PodFailed)
@@ -275,13 +269,18 @@ func (s *StandIn) migrate(ctx context.Context, j *job) error {
 	return nil
 }
 
-// perform is the call that virt-launcher makes, with its flags and parameters
+// migrate makes the call that virt-launcher makes, with its flags and parameters
 // (pkg/virt-launcher/virtwrap/live-migration-source.go of KubeVirt:
 // generateMigrationFlags, generateMigrationParams). The domain that is to run
 // on the target is the source's, as libvirt would migrate it.
-func (s *StandIn) perform(ctx context.Context, j *job, src *domain) error {
-	bandwidth := s.limit()
-	return src.do(ctx, func(l *libvirt.Libvirt, d libvirt.Domain) error {
+func (x *launcher) migrate(ctx context.Context, j *job, src *domain) error {
+	proxies, err := x.standIn.startProxies(j.source, j.target, j.address)
+	if err != nil {
+		return err
+	}
+	defer proxies.close()
+	bandwidth := x.standIn.limit()
+	return x.do(ctx, src, func(l *libvirt.Libvirt, d libvirt.Domain) error {
 		doc, err := l.DomainGetXMLDesc(d, libvirt.DomainXMLMigratable)
 		if err != nil {
 			return err
@@ -397,8 +396,8 @@ func runs(ctx context.Context, src *domain) error {
 	t := time.NewTicker(20 * time.Millisecond)
 	defer t.Stop()
 	for {
-		state, err := src.state(ctx)
-		if err == nil && state == libvirt.DomainRunning {
+		ok, err := src.compute.running(ctx, src)
+		if ok {
 			return nil
 		}
 		select {
@@ -406,7 +405,7 @@ func runs(ctx context.Context, src *domain) error {
 		case <-src.gone():
 			return errMonitorClosed
 		case <-ctx.Done():
-			return fmt.Errorf("libvirt says state %d: %w", state, errors.Join(err, ctx.Err()))
+			return errors.Join(err, ctx.Err())
 		}
 	}
 }

@@ -141,17 +141,39 @@ func (s *StandIn) allocate(ctx context.Context, o *corev1.Pod, node string, n in
 }
 
 // allocation is what the pod has, in a stable order.
-func (s *StandIn) allocation(o *corev1.Pod) []string {
+func (s *StandIn) allocation(node string, pod types.UID) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var vfs []string
-	for vf, uid := range s.allocated[o.Spec.NodeName] {
-		if uid == o.UID {
+	for vf, uid := range s.allocated[node] {
+		if uid == pod {
 			vfs = append(vfs, vf)
 		}
 	}
 	slices.Sort(vfs)
 	return vfs
+}
+
+// allocations are what the pods on the node of a pod that is about to start have.
+func (s *StandIn) allocations(starting *corev1.Pod) []Allocation {
+	of := func(namespace, name string, vfs []string) Allocation {
+		return Allocation{Namespace: namespace, Pod: name, Container: computeContainer, VFs: vfs}
+	}
+	all := []Allocation{of(starting.Namespace, starting.Name, s.allocation(starting.Spec.NodeName, starting.UID))}
+	s.mu.Lock()
+	var others []*pod
+	for _, p := range s.pods {
+		if p.node == starting.Spec.NodeName && p.uid != starting.UID {
+			others = append(others, p)
+		}
+	}
+	s.mu.Unlock()
+	for _, p := range others {
+		if vfs := s.allocation(p.node, p.uid); len(vfs) > 0 {
+			all = append(all, of(p.namespace, p.name, vfs))
+		}
+	}
+	return all
 }
 
 func (s *StandIn) free(uid types.UID) {
@@ -171,7 +193,7 @@ func (s *StandIn) attachNetworks(ctx context.Context, o *corev1.Pod) error {
 	if err != nil {
 		return err
 	}
-	vfs := s.allocation(o)
+	vfs := s.allocation(o.Spec.NodeName, o.UID)
 	if len(vfs) != len(networks) {
 		return fmt.Errorf("pod %s: %d VFs for %d networks", o.Name, len(vfs), len(networks))
 	}

@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 
+	"compsc.io/compsc/agent/device"
 	"compsc.io/compsc/agent/device/controlpb"
 	"compsc.io/compsc/agent/kubevirt"
 	"compsc.io/compsc/e2e/lab"
@@ -28,6 +29,8 @@ const (
 	// demonstration's steps are not hidden by it.
 	probePeriod  = 200 * time.Millisecond
 	probeTimeout = time.Second
+	// connectTimeout bounds a connection, to a machine that is slow too.
+	connectTimeout = 10 * time.Second
 	// readyService is what the sidecar's readiness probe asks about.
 	readyService = "compsc.Ready"
 	// shutdownGrace is what a sidecar gets to end by itself.
@@ -44,10 +47,14 @@ type pod struct {
 	// hooks is the volume shared by sidecar and compute, where a kubelet would
 	// make it; dir is a place for everything else.
 	hooks, dir string
-	launcher   *launcher
+	compute    compute
+	launcher   *launcher // that is compute, if it has a libvirt
 	probing    context.CancelFunc
+	forwarding context.CancelFunc // of sockets, if it runs on a machine of its own
 	// vmi is the UID of the VMI that it was made for.
 	vmi string
+	// bound is the stand-in's.
+	bound func(time.Duration) time.Duration
 
 	mu         sync.Mutex
 	sidecar    *lab.Process
@@ -76,7 +83,7 @@ func (s *StandIn) podOf(uid types.UID) *pod {
 // nothing before it is told to, and the sidecar.
 func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	p := &pod{
-		vmi: o.Labels[kubevirtv1.CreatedByLabel],
+		vmi: o.Labels[kubevirtv1.CreatedByLabel], bound: s.bound,
 		uid: o.UID, name: o.Name, namespace: o.Namespace, node: o.Spec.NodeName, started: time.Now(),
 		hooks: filepath.Join(s.cfg.PodsDir(o.Spec.NodeName), string(o.UID),
 			"volumes/kubernetes.io~empty-dir/hook-sidecar-sockets"),
@@ -92,10 +99,22 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	if o.Labels[kubevirtv1.MigrationJobLabel] != "" {
 		role = "target"
 	}
+	if s.cfg.Machines != nil {
+		if err := s.cfg.Machines.Allocated(p.node, s.allocations(o)); err != nil {
+			return nil, err
+		}
+	}
 	if err := s.startSidecar(p); err != nil {
 		return nil, err
 	}
-	if err := s.startLauncher(p); err != nil {
+	var forward context.Context
+	forward, p.forwarding = context.WithCancel(context.WithoutCancel(s.ctx))
+	start := s.startLauncher
+	if s.cfg.Machines != nil {
+		start = func(p *pod) error { return s.startDirect(forward, p) }
+	}
+	if err := start(p); err != nil {
+		p.forwarding()
 		p.sidecar.Stop(0)
 		return nil, err
 	}
@@ -103,7 +122,7 @@ func (s *StandIn) startPod(o *corev1.Pod) (*pod, error) {
 	p.probing = cancel
 	go s.probe(ctx, p)
 	go func() {
-		<-p.launcher.proc.Done()
+		<-p.compute.ended()
 		s.finishPod(p, corev1.PodFailed)
 	}()
 	s.mu.Lock()
@@ -122,13 +141,12 @@ func (s *StandIn) startSidecar(p *pod) error {
 			args = append([]string{"device"}, more...)
 		}
 	}
-	x, err := s.cfg.Lab.Start(lab.Command{
+	x, err := s.start(p.node, lab.Command{
 		Name: "device process of " + p.name, Path: s.cfg.Compsc(), Args: args,
 		Env:    append(os.Environ(), kubevirt.EnvContainerName+"="+sidecarContainer),
-		NS:     s.cfg.Lab.Nodes[p.node].NS,
 		Mounts: []lab.Mount{{Target: "/run"}, {Source: p.sidecarDir(), Target: kubevirt.HooksDir}},
 		Log:    filepath.Join(s.cfg.Lab.Dir, "log", p.name+"-device.log"),
-	})
+	}, p.sidecarDir())
 	if err != nil {
 		return err
 	}
@@ -142,6 +160,20 @@ func (s *StandIn) startSidecar(p *pod) error {
 	return nil
 }
 
+// start starts a process on a node, after having made the directories.
+func (s *StandIn) start(node string, c lab.Command, dirs ...string) (*lab.Process, error) {
+	if s.cfg.Machines != nil {
+		return s.cfg.Machines.Start(node, c, dirs...)
+	}
+	for _, d := range dirs {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	c.NS = s.cfg.Lab.Nodes[node].NS
+	return s.cfg.Lab.Start(c)
+}
+
 // probe is the kubelet's readiness probe of the sidecar.
 func (s *StandIn) probe(ctx context.Context, p *pod) {
 	conn, err := dialDevice(p.deviceDir())
@@ -151,10 +183,10 @@ func (s *StandIn) probe(ctx context.Context, p *pod) {
 	}
 	defer conn.Close()
 	health := healthpb.NewHealthClient(conn)
-	t := time.NewTicker(probePeriod)
+	t := time.NewTicker(s.bound(probePeriod))
 	defer t.Stop()
 	for {
-		call, cancel := context.WithTimeout(ctx, probeTimeout)
+		call, cancel := context.WithTimeout(ctx, s.bound(probeTimeout))
 		r, err := health.Check(call, &healthpb.HealthCheckRequest{Service: readyService})
 		cancel()
 		ready := err == nil && r.Status == healthpb.HealthCheckResponse_SERVING
@@ -175,7 +207,7 @@ func (s *StandIn) probe(ctx context.Context, p *pod) {
 }
 
 // dialDevice reaches the control socket of a device process.
-func dialDevice(dir string) (*grpc.ClientConn, error) { return dialSocket(dir, "control.sock") }
+func dialDevice(dir string) (*grpc.ClientConn, error) { return dialSocket(dir, device.ControlSocket) }
 
 // dialSocket reaches a process through a socket in a directory whose full path
 // is longer than a unix socket's address may be.
@@ -185,7 +217,7 @@ func dialSocket(dir, name string) (*grpc.ClientConn, error) {
 		// A kubelet dials anew for each probe.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: probePeriod / 2, Multiplier: 1, MaxDelay: probePeriod / 2},
-			MinConnectTimeout: probeTimeout,
+			MinConnectTimeout: connectTimeout,
 		}),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			f, err := os.Open(dir)
@@ -238,7 +270,7 @@ func (s *StandIn) setDomain(p *pod, d *domain) error {
 		if j != nil {
 			<-j.performed // libvirt is to have its say first
 		}
-		s.finishPod(p, d.fate(s.ctx))
+		s.finishPod(p, d.compute.fate(s.ctx, d))
 	}()
 	return nil
 }
@@ -338,12 +370,13 @@ func (p *pod) stop() {
 	p.mu.Lock()
 	d := p.domain
 	p.mu.Unlock()
-	p.launcher.proc.Stop(0)
+	p.compute.kill()
 	if d != nil {
 		d.close()
 	}
 	p.probing()
 	// A sidecar that does not listen any more is stopped all the same.
 	_ = p.shutdown()
-	p.currentSidecar().Stop(shutdownGrace)
+	p.currentSidecar().Stop(p.bound(shutdownGrace))
+	p.forwarding()
 }

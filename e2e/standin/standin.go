@@ -50,6 +50,12 @@ type Config struct {
 	QEMUTree string
 	// Kernel and Initrd are what guests boot.
 	Kernel, Initrd string
+	// Machines, if set, are the nodes: Lab's are only their places in its network.
+	// Compsc, QEMUTree, Kernel and Initrd are paths of theirs then, and QEMU runs
+	// without libvirt.
+	Machines Machines
+	// Slow is what bounds are multiplied with where all is emulated; 0 is 1.
+	Slow int
 	// PodsDir is the directory of a node's pods, as the kubelet's.
 	PodsDir func(node string) string
 	// DeviceArgs, if set, are further arguments of the device processes on
@@ -57,6 +63,23 @@ type Config struct {
 	DeviceArgs func(node string) []string
 	// Log gets what the stand-in does.
 	Log *slog.Logger
+}
+
+// Machines are nodes that are machines of their own.
+type Machines interface {
+	// Start starts a process on the node, after having made the directories there.
+	Start(node string, c lab.Command, dirs ...string) (*lab.Process, error)
+	// Allocated tells the node which of its VFs its pods have.
+	Allocated(node string, pods []Allocation) error
+	// Forward makes a socket of the node appear at the same path of this machine,
+	// once it is there, until ctx ends.
+	Forward(ctx context.Context, node, path string) error
+}
+
+// Allocation are the VFs that a device plugin gave to a pod.
+type Allocation struct {
+	Namespace, Pod, Container string
+	VFs                       []string
 }
 
 // StandIn plays a cluster's nodes and KubeVirt. Its methods are safe for
@@ -141,6 +164,9 @@ func Start(ctx context.Context, cfg Config) (*StandIn, error) {
 	}
 	return s, nil
 }
+
+// bound is how long something may take that takes at most d at full speed.
+func (s *StandIn) bound(d time.Duration) time.Duration { return d * time.Duration(max(s.cfg.Slow, 1)) }
 
 // Close stops every VM, without any of the API's ceremony.
 func (s *StandIn) Close() error {

@@ -76,6 +76,9 @@ func (hooks) OnDefineDomain(_ context.Context, r *callbackspb.OnDefineDomainPara
 	if err := d.Unmarshal(string(r.DomainXML)); err != nil {
 		return nil, err
 	}
+	d.MemoryBacking = &libvirtxml.DomainMemoryBacking{
+		MemorySource: &libvirtxml.DomainMemorySource{Type: "memfd"}, MemoryAccess: &libvirtxml.DomainMemoryAccess{Mode: "shared"},
+	}
 	socket := filepath.Join(kubevirt.ComputeDeviceDir(os.Getenv(kubevirt.EnvContainerName)), "gate.sock")
 	for _, a := range []string{
 		"-blockdev", fmt.Sprintf(`{"driver":"nbd","node-name":"n","export":"","server":{"type":"unix","path":%q}}`, socket),
@@ -122,7 +125,7 @@ type fixture struct {
 	lab *lab.Lab
 }
 
-func start(t *testing.T) *fixture {
+func start(t *testing.T, changes ...func(*Config)) *fixture {
 	t.Helper()
 	set, err := artifacts.Find("")
 	if err != nil {
@@ -148,12 +151,16 @@ func start(t *testing.T) *fixture {
 	})
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctrl.SetLogger(logr.FromSlogHandler(log.Handler()))
-	s, err := Start(t.Context(), Config{
+	cfg := Config{
 		Lab: l, REST: cl.Config, Client: cl.Client, Compsc: func() string { return os.Args[0] },
 		QEMUTree: set.QEMU, Kernel: set.Kernel, Initrd: set.Initrd,
 		PodsDir: func(node string) string { return filepath.Join(l.Dir, node, "pods") },
 		Log:     log,
-	})
+	}
+	for _, change := range changes {
+		change(&cfg)
+	}
+	s, err := Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -408,4 +415,54 @@ func TestMigrate(t *testing.T) {
 			stays(t)
 		})
 	}
+}
+
+// here are machines that are none: they run in the lab's nodes.
+type here struct{ lab *lab.Lab }
+
+func (h here) Start(node string, c lab.Command, dirs ...string) (*lab.Process, error) {
+	for _, d := range dirs {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	c.NS = h.lab.Nodes[node].NS
+	return h.lab.Start(c)
+}
+
+func (here) Allocated(string, []Allocation) error { return nil }
+
+func (here) Forward(context.Context, string, string) error { return nil }
+
+// TestDirect: VMs move without libvirt too, and go on where they are when the
+// move is refused.
+func TestDirect(t *testing.T) {
+	f := start(t, func(c *Config) { c.Machines = here{c.Lab} })
+	age := f.alive(t)
+	older := func() {
+		t.Helper()
+		now := f.alive(t)
+		if now <= age {
+			t.Errorf("the guest is %s old after %s: it was started anew", now, age)
+		}
+		age = now
+	}
+	from := f.vmi(t).Status.NodeName
+	f.awaitPhase(t, f.migrate(t, "there"), kubevirtv1.MigrationSucceeded)
+	if v := f.vmi(t); v.Status.NodeName == from || !v.Status.MigrationState.Completed || v.Status.MigrationState.Failed {
+		t.Errorf("VMI on %s, state %+v", v.Status.NodeName, v.Status.MigrationState)
+	}
+	older()
+	source, err := f.activePod(f.vmi(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(source.deviceDir(), "veto-flush"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f.awaitPhase(t, f.migrate(t, "refused"), kubevirtv1.MigrationFailed)
+	if v := f.vmi(t); v.Status.NodeName == from || !v.Status.MigrationState.Failed {
+		t.Errorf("VMI on %s, state %+v", v.Status.NodeName, v.Status.MigrationState)
+	}
+	older()
 }

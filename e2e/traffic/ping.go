@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// PingInterval is the time between two echo requests.
+	// PingInterval is the usual time between two echo requests.
 	PingInterval = 10 * time.Millisecond
 	// pingTimeout is how long to wait for the answer that tells which earlier
 	// requests were lost. It is no measure of lateness: a VM that stands still,
@@ -31,9 +31,10 @@ const (
 
 // Pinger pings a guest until Close. Its methods are safe for concurrent use.
 type Pinger struct {
-	conn *icmp.PacketConn
-	to   net.Addr
-	id   int
+	conn     *icmp.PacketConn
+	to       net.Addr
+	id       int
+	interval time.Duration
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -48,8 +49,12 @@ type Pinger struct {
 }
 
 // Ping starts a pinger in the hub.
-func Ping(l *lab.Lab, to netip.Addr) (*Pinger, error) {
-	p := &Pinger{to: &net.IPAddr{IP: to.AsSlice()}, id: os.Getpid() & 0xffff}
+func Ping(l *lab.Lab, to netip.Addr) (*Pinger, error) { return PingEvery(l, to, PingInterval) }
+
+// PingEvery is Ping with another time between two requests, for a guest that
+// cannot answer so many.
+func PingEvery(l *lab.Lab, to netip.Addr, interval time.Duration) (*Pinger, error) {
+	p := &Pinger{interval: interval, to: &net.IPAddr{IP: to.AsSlice()}, id: os.Getpid() & 0xffff}
 	if err := l.Hub.Do(func() (err error) {
 		p.conn, err = icmp.ListenPacket("ip4:icmp", l.HubIP().String())
 		return err
@@ -72,7 +77,7 @@ func (p *Pinger) Close() error {
 }
 
 func (p *Pinger) send(ctx context.Context) {
-	t := time.NewTicker(PingInterval)
+	t := time.NewTicker(p.interval)
 	defer t.Stop()
 	for {
 		p.mu.Lock()

@@ -25,9 +25,12 @@ import (
 // another.
 const PFs = 2
 
-// WireMAC is the address of the node's own port to the wire of its cards, an
-// interface that is no card.
+// WireMAC is the address of the own port of a node that is alone to the wire of
+// its cards, an interface that is no card.
 const WireMAC = "52:54:00:c5:01:00"
+
+// WireMACOf is that of the node with the number.
+func WireMACOf(number int) string { return fmt.Sprintf("52:54:00:c5:%02x:00", 2*number+1) }
 
 // Config describes a node and its job.
 type Config struct {
@@ -39,6 +42,11 @@ type Config struct {
 	Memory int
 	// KVM gives the node's processors what KVM needs.
 	KVM bool
+	// Number tells nodes on one wire apart: 0 for one that is alone.
+	Number int
+	// Wire, if set, is a tap device that the wire of the node's cards goes on to;
+	// the caller closes it.
+	Wire *os.File
 	// Files are put into job.Dir: paths by name.
 	Files map[string]string
 	// Job is the program to run.
@@ -88,6 +96,9 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	}
 	defer to.Close()
 	n.qemu.ExtraFiles = []*os.File{to}
+	if c.Wire != nil {
+		n.qemu.ExtraFiles = append(n.qemu.ExtraFiles, c.Wire)
+	}
 	if err := n.start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("QEMU: %w", err), from.Close())
 	}
@@ -176,12 +187,15 @@ func (c Config) arguments(dir string) []string {
 		"-virtfs", "local,id=job,path=" + dir + "/job,mount_tag=" + job.DirTag + ",security_model=none,readonly=on",
 		"-virtfs", "local,id=tree,path=/,mount_tag=" + job.TreeTag + ",security_model=none,readonly=on",
 	}
-	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMAC)
+	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMACOf(c.Number))
+	if c.Wire != nil {
+		args = append(args, "-netdev", "tap,id=outside,fd=4", "-netdev", "hubport,hubid=0,id=onward,netdev=outside")
+	}
 	for i := range PFs {
 		args = append(args,
 			"-device", fmt.Sprintf("pcie-root-port,id=port%d,chassis=%d,slot=%d,bus=pcie.0", i, i+1, i+1),
 			"-netdev", fmt.Sprintf("hubport,hubid=0,id=uplink%d", i),
-			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:00:%02x,romfile=", i, i, i+1))
+			"-device", fmt.Sprintf("igb,bus=port%d,netdev=uplink%d,mac=52:54:00:c5:%02x:%02x,romfile=", i, i, 2*c.Number, i+1))
 	}
 	return args
 }
