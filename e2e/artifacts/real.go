@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 )
 
 // Real is what a Kubernetes with real nodes and KubeVirt consists of, made by
@@ -18,7 +17,9 @@ type Real struct {
 	ControlPlane, Programs string
 	// NodeTree is a root directory with containerd, runc and CNI plugins.
 	NodeTree string
-	// Images are archives of container images.
+	// Store is a root directory of containerd's with the images that do not change
+	// with this project, and Images are archives of those that do.
+	Store  string
 	Images []string
 	// KubeVirt and Multus are the manifests that install them, Release is
 	// KubeVirt's, such as 1.8. COMPSC_KUBEVIRT chooses another.
@@ -45,23 +46,20 @@ func FindReal() (Real, error) {
 		ControlPlane: or(os.Getenv("KUBEBUILDER_ASSETS"), filepath.Join(cache, "kube", "bin")),
 		Programs:     filepath.Join(cache, "kube-node", "bin"),
 		NodeTree:     filepath.Join(cache, "kubevirt-node"),
+		Store:        filepath.Join(cache, "kubevirt-store-"+release),
 		KubeVirt:     filepath.Join(cache, "kubevirt-"+release, "operator.yaml"),
 		Multus:       filepath.Join(cache, "multus", "daemonset.yaml"),
 		Helm:         or(os.Getenv("COMPSC_HELM"), filepath.Join(cache, "helm", "helm")),
 		Chart:        filepath.Join(root, "charts", "compsc"),
 	}
 	var missing []error
-	for _, p := range []*string{&r.ControlPlane, &r.Programs, &r.NodeTree, &r.KubeVirt, &r.Multus, &r.Helm, &r.Chart} {
+	for _, p := range []*string{&r.ControlPlane, &r.Programs, &r.NodeTree, &r.Store, &r.KubeVirt, &r.Multus, &r.Helm, &r.Chart} {
 		if *p, err = filepath.Abs(*p); err == nil {
 			*p, err = filepath.EvalSymlinks(*p)
 		}
 		if err != nil {
 			missing = append(missing, err)
 		}
-	}
-	images := filepath.Join(cache, "kubevirt-images-"+release)
-	if r.Images, err = filepath.Glob(filepath.Join(images, "*.tar")); err != nil || len(r.Images) == 0 {
-		missing = append(missing, errors.Join(err, errors.New("no images in "+images)))
 	}
 	// What changes with this project is built beside it.
 	for _, name := range []string{"compsc", "deviceplugin"} {
@@ -71,7 +69,6 @@ func FindReal() (Real, error) {
 		}
 		r.Images = append(r.Images, image)
 	}
-	slices.Sort(r.Images)
 	if len(missing) > 0 {
 		return Real{}, fmt.Errorf("something to run with is missing, `make kubevirt KUBEVIRT=%s` builds it: %w", release, errors.Join(missing...))
 	}

@@ -53,7 +53,10 @@ type Options struct {
 	// Tree is the root directory of a node, with containerd, runc and CNI
 	// plugins. It is only read.
 	Tree string
-	// Images are archives of container images that every node has.
+	// Store is a root directory of containerd's with images that every node has
+	// from the start. It is only read.
+	Store string
+	// Images are archives of further images, which every node imports.
 	Images []string
 	// Progress, if set, is told what is about to be done.
 	Progress func(string)

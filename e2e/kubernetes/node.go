@@ -94,7 +94,7 @@ func (c *Cluster) startNode(i int, name string) error {
 		Name: "node " + name, Path: "/bin/bash", Args: []string{"-c", enter, script}, NS: node.NS,
 		Env: append(os.Environ(), "CGROUPS="+strings.Join(cgroups, " "),
 			"NODE="+name, "NODE_IP="+node.IP.String(), "POD_CIDR="+podCIDR(i), "CLUSTER_CIDR="+clusterCIDR,
-			"STATE="+state, "TREE="+c.o.Tree, "PROGRAMS="+c.o.Programs, "IMAGES="+images),
+			"STATE="+state, "TREE="+c.o.Tree, "PROGRAMS="+c.o.Programs, "STORE="+c.o.Store, "IMAGES="+images),
 		Log: filepath.Join(c.LogDir(), "node-"+name+".log"),
 	})
 	if err != nil {

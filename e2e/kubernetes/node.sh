@@ -4,7 +4,7 @@
 # kube-proxy. It runs in mount, host name, IPC, process and control group
 # namespaces of its own, which end with it.
 set -euo pipefail
-: "${NODE:?} ${NODE_IP:?} ${POD_CIDR:?} ${STATE:?} ${TREE:?} ${PROGRAMS:?} ${IMAGES:?} ${CLUSTER_CIDR:?}"
+: "${NODE:?} ${NODE_IP:?} ${POD_CIDR:?} ${STATE:?} ${TREE:?} ${PROGRAMS:?} ${STORE:?} ${IMAGES:?} ${CLUSTER_CIDR:?}"
 
 controllers=(cpu cpuacct cpuset memory devices freezer blkio pids)
 root="$STATE/root"
@@ -45,12 +45,28 @@ ln -s fd/0 "$root/dev/stdin"
 ln -s fd/1 "$root/dev/stdout"
 ln -s fd/2 "$root/dev/stderr"
 
+# store has containerd find what was unpacked before: its databases are this node's
+# own copies, blobs and layers, which it does not change, are seen as they are.
+store() {
+    local to="$root/var/lib/containerd" content=io.containerd.content.v1.content layers=io.containerd.snapshotter.v1.overlayfs seen from
+    mkdir -p "$to/$content/blobs/sha256" "$to/$layers/snapshots"
+    cp -r "$STORE/io.containerd.metadata.v1.bolt" "$to"
+    cp "$STORE/$layers/metadata.db" "$to/$layers"
+    for from in "$STORE/$content"/blobs/sha256/* "$STORE/$layers"/snapshots/*; do
+        seen="$to/${from#"$STORE/"}"
+        if [[ -d "$from" ]]; then mkdir "$seen"; else : >"$seen"; fi
+        mount --bind "$from" "$seen"
+        mount -o remount,bind,ro "$seen"
+    done
+}
+
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 # containerd's snapshots are overlays, which cannot be stacked on one.
 mkdir -p "$root"/var/{lib/containerd,lib/kubelet,log/pods,run} "$root"/opt/{kubernetes,images,cni/bin} "$root/oldroot" \
     "$root"/etc/{cni/net.d,containerd,kubernetes}
 mount --bind "$STATE/containerd" "$root/var/lib/containerd"
+store
 mount --bind "$STATE/kubelet" "$root/var/lib/kubelet"
 mount --bind "$PROGRAMS" "$root/opt/kubernetes"
 mount --bind "$IMAGES" "$root/opt/images"

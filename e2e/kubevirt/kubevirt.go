@@ -84,7 +84,7 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	}
 	s.Kube, err = kubernetes.Start(ctx, s.Lab, kubernetes.Options{
 		ControlPlane: o.Artifacts.ControlPlane, Programs: o.Artifacts.Programs, Tree: o.Artifacts.NodeTree,
-		Images: append(o.Images, o.Artifacts.Images...), Progress: o.Progress,
+		Store: o.Artifacts.Store, Images: append(o.Images, o.Artifacts.Images...), Progress: o.Progress,
 	})
 	if err != nil {
 		return nil, err
@@ -95,8 +95,15 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 	// The product needs of KubeVirt what its operator makes first, its kinds; so
 	// both come up at the same time.
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.installKubeVirt(gctx) })
-	g.Go(func() error { return s.installProduct(gctx) })
+	for what, install := range map[string]func(context.Context) error{"KubeVirt": s.installKubeVirt, "CompSC": s.installProduct} {
+		g.Go(func() error {
+			err := install(gctx)
+			if err == nil {
+				s.o.Progress(what + ": it works")
+			}
+			return err
+		})
+	}
 	return s, g.Wait()
 }
 
@@ -198,10 +205,13 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 			Infra:           &kubevirtv1.ComponentConfig{Replicas: &replicas},
 			CustomizeComponents: kubevirtv1.CustomizeComponents{
 				// Without KVM the node labeller has to be told what to ask libvirt for.
-				Patches: []kubevirtv1.CustomizeComponentsPatch{{
-					ResourceType: "DaemonSet", ResourceName: "virt-handler", Type: kubevirtv1.StrategicMergePatchType,
-					Patch: `{"spec":{"template":{"spec":{"initContainers":[{"name":"virt-launcher","env":[{"name":"PREFERRED_VIRTTYPE","value":"qemu"}]}]}}}}`,
-				}},
+				Patches: []kubevirtv1.CustomizeComponentsPatch{
+					{
+						ResourceType: "DaemonSet", ResourceName: "virt-handler", Type: kubevirtv1.StrategicMergePatchType,
+						Patch: `{"spec":{"template":{"spec":{"initContainers":[{"name":"virt-launcher","env":[{"name":"PREFERRED_VIRTTYPE","value":"qemu"}]}]}}}}`,
+					},
+					soonReady("Deployment", "virt-api"), soonReady("Deployment", "virt-controller"), soonReady("DaemonSet", "virt-handler"),
+				},
 				// KubeVirt 1.8 may miss the end of a migration until then (docs/limits.md).
 				Flags: &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "2"}},
 			},
@@ -210,6 +220,15 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 				DeveloperConfiguration: &kubevirtv1.DeveloperConfiguration{UseEmulation: true},
 			},
 		},
+	}
+}
+
+// soonReady has a component of KubeVirt asked often whether it is ready. By
+// default nobody asks for 15 s, and the operator waits for one after the other.
+func soonReady(kind, name string) kubevirtv1.CustomizeComponentsPatch {
+	return kubevirtv1.CustomizeComponentsPatch{
+		ResourceType: kind, ResourceName: name, Type: kubevirtv1.StrategicMergePatchType,
+		Patch: fmt.Sprintf(`{"spec":{"template":{"spec":{"containers":[{"name":%q,"readinessProbe":{"initialDelaySeconds":1,"periodSeconds":1,"failureThreshold":30}}]}}}}`, name),
 	}
 }
 

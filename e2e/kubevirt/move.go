@@ -239,7 +239,7 @@ func (s *Stack) Ways(vmi string) []Way {
 func (s *Stack) Drain(ctx context.Context, node string, bound time.Duration) error {
 	_, err := s.Kubectl(ctx, "", "drain", node, "--pod-selector=kubevirt.io=virt-launcher",
 		"--delete-emptydir-data", "--ignore-daemonsets", "--timeout="+bound.String())
-	_, opened := s.Kubectl(ctx, "", "uncordon", node)
+	_, opened := s.Kubectl(context.WithoutCancel(ctx), "", "uncordon", node)
 	return errors.Join(err, opened)
 }
 

@@ -25,9 +25,8 @@ import (
 const (
 	vm, blocker = "vm", "blocker"
 
-	// refusedDrain is longer than a drain of a virtual machine that can move
-	// takes until it moves.
-	refusedDrain = 15 * time.Second
+	// refusedDrain bounds the drain of a virtual machine that cannot move.
+	refusedDrain = time.Minute
 )
 
 var vmMACs, blockerMACs = []string{"52:54:00:c0:5c:01", "52:54:00:c0:5c:11"}, []string{"52:54:00:c0:5c:02"}
@@ -177,12 +176,18 @@ func refused(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	enforce(ctx, t, "Deny", func(err error) bool { return err != nil && strings.Contains(err.Error(), v1alpha1.ReasonNoFreeVF) })
 
 	// A drain waits, and the virtual machine stays. KubeVirt tells of it why.
-	if err := stack.Drain(ctx, from, refusedDrain); err == nil {
-		t.Error("the node was drained, with a virtual machine that cannot leave it")
-	}
+	// It tries again after ever longer pauses, so the drain ends soon after it has told.
+	draining, stop := context.WithCancel(ctx)
+	defer stop()
+	drained := make(chan error, 1)
+	go func() { drained <- stack.Drain(draining, from, refusedDrain) }()
 	awaitEvent(ctx, t, "VirtualMachineInstance", vm, func(e *corev1.Event) bool {
 		return strings.HasPrefix(e.Message, "Error creating a Migration: ") && strings.Contains(e.Message, v1alpha1.ReasonNoFreeVF+": ")
 	})
+	stop()
+	if err := <-drained; err == nil {
+		t.Error("the node was drained, with a virtual machine that cannot leave it")
+	}
 	after, err := stack.PodOf(ctx, vm)
 	if err != nil || after != pod {
 		t.Errorf("the virtual machine was in pod %s, is in %s (%v)", pod, after, err)
