@@ -17,8 +17,8 @@ import (
 // What follows is how a VFMigration goes with a VirtualMachineInstanceMigration
 // that somebody else created (spec.migrationRef).
 
-// stopGrace is how long an adopted VirtualMachineInstanceMigration whose target
-// pod was deleted may take to fail before it is deleted too.
+// stopGrace is how long a VirtualMachineInstanceMigration that was stopped may take
+// to fail before it is deleted.
 const stopGrace = RollbackTimeout / 2
 
 // migrationName is the name of the VFMigration's VirtualMachineInstanceMigration.
@@ -87,20 +87,31 @@ func (r *VFMigrationReconciler) linkMigration(ctx context.Context, s *scope) (ct
 	return ctrl.Result{}, nil
 }
 
-// mayFailByItself is how long to leave an adopted VirtualMachineInstanceMigration
-// that is being undone to KubeVirt, which fails it once its target pod is gone.
-// One that stays as failed makes KubeVirt wait ever longer before the
-// next attempt of an evacuation; one that was deleted is replaced at once. It is
-// deleted when the user wants it gone, and where nothing else stops it.
+// mayFailByItself is how long to leave a VirtualMachineInstanceMigration that is
+// being undone to KubeVirt.
+//
+// One that runs ends because the source's QEMU is told to give up, or is refused
+// its end. KubeVirt 1.8 must not be asked to abort it just then: it would wait for
+// an end that it has missed, and never move the VM again (process.cancelMigration
+// in agent/device).
+//
+// An adopted one that does not run yet fails once its target pod is gone. If it
+// stays as failed KubeVirt waits ever longer before the next attempt of an
+// evacuation, while one that was deleted is replaced at once. So it is deleted
+// when the user wants it gone, and where nothing else stops it.
 func (s *scope) mayFailByItself() time.Duration {
 	failure := s.base.Status.Failure
+	left := failure.Time.Add(stopGrace).Sub(s.now)
+	if s.is(v1alpha1.ConditionPrepared) && (s.vmim.Status.Phase == virtv1.MigrationRunning || s.is(v1alpha1.ConditionCaptured)) {
+		return left
+	}
 	if s.vfm.Spec.MigrationRef == nil || failure.Reason == v1alpha1.ReasonAborted || failure.Reason == v1alpha1.ReasonDeleted ||
 		failure.Reason == v1alpha1.ReasonDecentralized {
 		return 0
 	}
 	switch s.vmim.Status.Phase {
 	case virtv1.MigrationScheduling, virtv1.MigrationScheduled, virtv1.MigrationPreparingTarget, virtv1.MigrationTargetReady:
-		return failure.Time.Add(stopGrace).Sub(s.now)
+		return left
 	}
 	return 0
 }

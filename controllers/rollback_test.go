@@ -24,9 +24,20 @@ func TestRollbackAsksKubeVirt(t *testing.T) {
 			migrating(phase).failing().check(t, expect{vmimGone: true, podGone: podGone, after: wait})
 		})
 	}
-	t.Run("captured", func(t *testing.T) {
-		reached(v1alpha1.ConditionCaptured, virtv1.MigrationTargetReady).failing().check(t, expect{vmimGone: true, after: wait})
-	})
+	// One that QEMU has begun fails by itself; KubeVirt is asked for nothing that
+	// could come at the same time.
+	for name, arrange := range map[string]func() *fixture{
+		"copying":           func() *fixture { return reached(v1alpha1.ConditionPrepared, virtv1.MigrationRunning) },
+		"captured":          func() *fixture { return reached(v1alpha1.ConditionCaptured, virtv1.MigrationRunning) },
+		"captured, unheard": func() *fixture { return reached(v1alpha1.ConditionCaptured, virtv1.MigrationTargetReady) },
+	} {
+		t.Run(name, func(t *testing.T) { arrange().failing().check(t, expect{after: stopGrace - time.Second}) })
+		t.Run(name+", and goes on", func(t *testing.T) {
+			f := arrange().failing()
+			f.vfm.Status.Failure.Time = at(time.Second - stopGrace)
+			f.check(t, expect{vmimGone: true, after: RollbackTimeout - stopGrace})
+		})
+	}
 	t.Run("pod is left over by a deletion under way", func(t *testing.T) {
 		f := migrating(virtv1.MigrationTargetReady).failing()
 		now := at(0)

@@ -329,6 +329,7 @@ type fakeMonitor struct {
 	conn   net.Conn
 	status string
 	addr   uint32
+	ran    []string // commands but for queries and config writes
 }
 
 func startMonitor(t *testing.T, path, status string, config func(uint32, []byte) error) *fakeMonitor {
@@ -376,6 +377,7 @@ func startMonitor(t *testing.T, path, status string, config func(uint32, []byte)
 				fmt.Fprintln(c, `{"return":{}}`)
 				m.mu.Lock()
 				m.conn = c
+				m.ran = append(m.ran, cmd.Execute)
 				m.mu.Unlock()
 			}
 		}
@@ -387,6 +389,18 @@ func (m *fakeMonitor) connected() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.conn != nil
+}
+
+// did tells how often QEMU was given a command.
+func (m *fakeMonitor) did(command string) (n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range m.ran {
+		if c == command {
+			n++
+		}
+	}
+	return n
 }
 
 func (m *fakeMonitor) event(name, status string) {

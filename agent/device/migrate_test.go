@@ -288,6 +288,56 @@ func (p *pair) goesOn(slot int, resets uint64) {
 	}
 }
 
+// TestUndoneMigrationIsCancelled: QEMU is told to give up a migration that was
+// undone while it copied, once it can be told so. One that gets to its end all
+// the same is vetoed; one that comes later is none of its business.
+func TestUndoneMigrationIsCancelled(t *testing.T) {
+	cancel := func(p *pair) {
+		_, err := p.src.ctl.CancelSource(p.Context(), &pb.CancelSourceRequest{MigrationUid: uid, Reason: "test"})
+		p.src.must(err)
+	}
+	for name, way := range map[string]func(*pair){
+		"while it copies": func(p *pair) {
+			p.precopy()
+			cancel(p)
+		},
+		"while it is set up": func(p *pair) {
+			p.prepare()
+			p.src.mon.event("MIGRATION", "setup")
+			eventually(p.T, "the event to be heard", func() bool { return p.src.log.has("setup") })
+			cancel(p)
+			if n := p.src.mon.did("migrate_cancel"); n != 0 {
+				p.Errorf("QEMU was told to cancel within the set-up")
+			}
+			p.src.mon.event("MIGRATION", "active")
+		},
+		"before it begins": func(p *pair) {
+			p.prepare()
+			cancel(p)
+			p.src.mon.event("MIGRATION", "active")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, nil)
+			way(p)
+			eventually(t, "QEMU to be told", func() bool { return p.src.mon.did("migrate_cancel") == 1 })
+			if e := <-nbd.Held(p.src.gate.Flush); e != syscall.EIO {
+				t.Errorf("its end was answered with errno %d, want EIO", e)
+			}
+			for _, status := range []string{"cancelled", "active", "device"} {
+				p.src.mon.event("MIGRATION", status)
+			}
+			eventually(t, "the events to be heard", func() bool { return p.src.log.has("device") })
+			if e := <-nbd.Held(p.src.gate.Flush); e != syscall.EIO {
+				t.Errorf("the end of one that nobody prepared was answered with errno %d, want EIO", e)
+			}
+			if n := p.src.mon.did("migrate_cancel"); n != 1 {
+				t.Errorf("QEMU was told %d times", n)
+			}
+		})
+	}
+}
+
 func TestWaysBack(t *testing.T) {
 	captured := func(p *pair) (<-chan syscall.Errno, *pb.AwaitCaptureReply) {
 		p.precopy()

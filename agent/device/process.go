@@ -117,8 +117,8 @@ type process struct {
 	holdFor   time.Duration
 	lastError string
 	monitor   *qemu.Monitor
-	following bool // a goroutine follows QEMU's monitor
-	migrating bool // QEMU's own word: a migration is under way
+	following bool   // a goroutine follows QEMU's monitor
+	migration string // QEMU's own word of its migration under way, empty if none is
 	source    sourceRun
 	target    targetRun
 }
@@ -348,7 +348,7 @@ func (p *process) followMonitor() {
 	p.log.Info("QEMU's monitor connected")
 	p.arm()
 	<-ended
-	p.set(func() { p.monitor, p.following, p.migrating = nil, false, false })
+	p.set(func() { p.monitor, p.following, p.migration = nil, false, "" })
 }
 
 // event follows QEMU's run state and its migration.
@@ -357,16 +357,37 @@ func (p *process) event(e qemu.Event) {
 	switch e.Name {
 	case qemu.EventMigration:
 		p.set(func() {
-			switch e.MigrationStatus {
+			switch p.migration = e.MigrationStatus; p.migration {
 			case "completed", "failed", "cancelled", "none":
-				p.migrating = false
-			default:
-				p.migrating = true
+				p.migration, p.source.giveUp = "", false
 			}
 		})
+		p.cancelMigration()
 	case qemu.EventResume:
 		p.resumed()
 	}
+}
+
+// cancelMigration has QEMU give up a migration that was undone here. Without it
+// the migration would go on until the gate vetoes its end, and KubeVirt 1.8
+// loses track of one that fails by itself while it aborts it: the VM could
+// never be moved again (asyncMigrationAbort and setMigrationResultHelper in
+// pkg/virt-launcher/virtwrap/live-migration-source.go). One that was cancelled,
+// by whomever, it takes for aborted.
+func (p *process) cancelMigration() {
+	p.get(func() {
+		// QEMU 11.1.3 may hang for ever if it is cancelled within its set-up.
+		if p.monitor == nil || p.migration != "active" || p.phase != pb.Phase_PHASE_RUNNING || !p.source.giveUp {
+			return
+		}
+		m := p.monitor
+		go func() {
+			// It waits for none: QEMU takes it in when it is not standing in a gate.
+			if err := m.Run(context.Background(), "migrate_cancel", nil, nil); err != nil {
+				p.fail(fmt.Errorf("cancelling QEMU's migration: %w; it is vetoed at its end", err))
+			}
+		}()
+	})
 }
 
 // disconnected is called when QEMU is gone from an interface: its VF must

@@ -27,6 +27,7 @@ type sourceRun struct {
 	pages      []*pb.InterfacePages
 	markError  error
 	ended      string // why AwaitCapture must give up, if it must
+	giveUp     bool   // QEMU is to give its migration up
 }
 
 // quiesceTimeout bounds each VF's quiesce and capture; both take well below
@@ -95,7 +96,7 @@ func (p *process) flush(ctx context.Context) error {
 		h         *hold
 	)
 	p.get(func() {
-		phase, migrating, blind, h = p.phase, p.migrating, p.monitor == nil, p.source.hold
+		phase, migrating, blind, h = p.phase, p.migration != "", p.monitor == nil, p.source.hold
 	})
 	switch {
 	case phase == pb.Phase_PHASE_SOURCE_PREPARED && (migrating || blind):
@@ -395,8 +396,9 @@ func (p *process) CancelSource(_ context.Context, r *pb.CancelSourceRequest) (*p
 		p.stopTracking()
 		p.set(func() {
 			p.phase = pb.Phase_PHASE_RUNNING
-			p.source.ended = "cancelled: " + r.Reason
+			p.source.ended, p.source.giveUp = "cancelled: "+r.Reason, true
 		})
+		p.cancelMigration()
 	case pb.Phase_PHASE_CAPTURED:
 		p.backToRunning("cancelled: " + r.Reason)
 	case pb.Phase_PHASE_RELINQUISHED:
