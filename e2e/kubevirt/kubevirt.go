@@ -24,6 +24,7 @@ import (
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/e2e/artifacts"
 	"compsc.io/compsc/e2e/kubernetes"
 	"compsc.io/compsc/e2e/lab"
@@ -93,19 +94,28 @@ func Start(ctx context.Context, o Options) (_ *Stack, err error) {
 		return nil, err
 	}
 	// The product needs of KubeVirt what its operator makes first, its kinds; so
-	// both come up at the same time.
+	// both come up at the same time. But a Plugin is KubeVirt's to admit.
 	g, gctx := errgroup.WithContext(ctx)
-	for what, install := range map[string]func(context.Context) error{"KubeVirt": s.installKubeVirt, "CompSC": s.installProduct} {
+	if s.Plugins() {
+		g.SetLimit(1)
+	}
+	for _, part := range []struct {
+		what    string
+		install func(context.Context) error
+	}{{"KubeVirt", s.installKubeVirt}, {"CompSC", s.installProduct}} {
 		g.Go(func() error {
-			err := install(gctx)
+			err := part.install(gctx)
 			if err == nil {
-				s.o.Progress(what + ": it works")
+				s.o.Progress(part.what + ": it works")
 			}
 			return err
 		})
 	}
 	return s, g.Wait()
 }
+
+// Plugins tells whether KubeVirt has plugins, as it has since 1.9.
+func (s *Stack) Plugins() bool { return s.o.Artifacts.Release != "1.8" }
 
 // Close takes everything down. It may be called again.
 func (s *Stack) Close() error {
@@ -197,7 +207,7 @@ func configureOperator(u *unstructured.Unstructured) error {
 // kubeVirt is KubeVirt's configuration.
 func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 	replicas := uint8(1)
-	return &kubevirtv1.KubeVirt{
+	kv := &kubevirtv1.KubeVirt{
 		TypeMeta:   metav1.TypeMeta{APIVersion: kubevirtv1.GroupVersion.String(), Kind: "KubeVirt"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: kubevirtNamespace, Name: "kubevirt"},
 		Spec: kubevirtv1.KubeVirtSpec{
@@ -212,8 +222,6 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 					},
 					soonReady("Deployment", "virt-api"), soonReady("Deployment", "virt-controller"), soonReady("DaemonSet", "virt-handler"),
 				},
-				// KubeVirt 1.8 may miss the end of a migration until then (docs/limits.md).
-				Flags: &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "2"}},
 			},
 			Configuration: kubevirtv1.KubeVirtConfiguration{
 				ImagePullPolicy:        corev1.PullIfNotPresent,
@@ -221,6 +229,17 @@ func (s *Stack) kubeVirt() *kubevirtv1.KubeVirt {
 			},
 		},
 	}
+	if s.Plugins() {
+		kv.Spec.Configuration.DeveloperConfiguration.FeatureGates = []string{nodehook.FeatureGate}
+		// There is no network resources injector: KubeVirt is to ask for VFs itself.
+		kv.Spec.Configuration.DeveloperConfiguration.DisabledFeatureGates = []string{"ExternalNetResourceInjection"}
+		// There are no images of virt-template.
+		kv.Spec.Configuration.VirtTemplateDeployment = &kubevirtv1.VirtTemplateDeployment{Enabled: new(false)}
+	} else {
+		// KubeVirt 1.8 may miss the end of a migration until then (docs/limits.md).
+		kv.Spec.CustomizeComponents.Flags = &kubevirtv1.Flags{Handler: map[string]string{"domain-resync-period-seconds": "2"}}
+	}
+	return kv
 }
 
 // soonReady has a component of KubeVirt asked often whether it is ready. By

@@ -17,8 +17,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"compsc.io/compsc/agent/kubevirt"
+	"compsc.io/compsc/agent/kubevirt/nodehook"
 	"compsc.io/compsc/api/v1alpha1"
 	"compsc.io/compsc/e2e/harness"
+	"compsc.io/compsc/e2e/scrape"
 	"compsc.io/compsc/e2e/traffic"
 )
 
@@ -60,8 +62,14 @@ func TestMove(t *testing.T) {
 		}
 	}
 	content(t)
+	at, err := stack.NodeOf(ctx, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	called(ctx, t, map[string]calls{}, at, nodehook.PreVMStart, nodehook.PostVMStart)
 	for _, way := range stack.Ways(vm) {
 		if !t.Run(way.Name, func(t *testing.T) {
+			before := hookCalls(ctx, t)
 			m, err := stack.Move(ctx, vm, g, way.Name, way.Ask)
 			if err != nil {
 				t.Fatal(err)
@@ -74,6 +82,8 @@ func TestMove(t *testing.T) {
 			}
 			t.Log(m)
 			guarded(ctx, t, m.VFMigration)
+			called(ctx, t, before, m.From, nodehook.PreMigrationSource)
+			called(ctx, t, before, m.To, nodehook.PreMigrationTarget, nodehook.PostMigrationTarget)
 			content(t)
 		}) {
 			t.FailNow()
@@ -230,8 +240,40 @@ func enforce(ctx context.Context, t *testing.T, action string, is func(error) bo
 	}
 }
 
-// guarded checks what kept KubeVirt 1.8, which calls no node hooks, from going on
-// too early in a migration that has ended well: its target's sidecar was not
+// calls are how often each node hook of an agent was called and let KubeVirt go on.
+type calls map[nodehook.Point]float64
+
+// hookCalls asks the agents of all nodes.
+func hookCalls(ctx context.Context, t *testing.T) map[string]calls {
+	t.Helper()
+	all := map[string]calls{}
+	for name, node := range stack.Lab.Nodes {
+		m, err := scrape.Agent(ctx, node.NS)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[name] = calls{}
+		for _, p := range nodehook.Points {
+			all[name][p] = m.Value("compsc_agent_node_hooks_total", "hook", string(p), "answer", "go")
+		}
+	}
+	return all
+}
+
+// called checks that KubeVirt has called these hooks of a node since before; one
+// without plugins calls none.
+func called(ctx context.Context, t *testing.T, before map[string]calls, node string, points ...nodehook.Point) {
+	t.Helper()
+	now := hookCalls(ctx, t)[node]
+	for _, p := range points {
+		if grew := now[p] > before[node][p]; grew != stack.Plugins() {
+			t.Errorf("hook %s of node %s was called %v times, and %v before", p, node, now[p], before[node][p])
+		}
+	}
+}
+
+// guarded checks what keeps a KubeVirt that calls no node hooks from going on too
+// early in a migration that has ended well: its target's sidecar was not
 // started before both ends were prepared, and post-copy was ruled out. And the
 // sidecar is confined, which is our admission policy's work too.
 func guarded(ctx context.Context, t *testing.T, m *v1alpha1.VFMigration) {

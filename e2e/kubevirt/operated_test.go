@@ -48,7 +48,11 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	// What Helm made, by the label that all of it has, but for the CRDs, which it keeps.
 	made := func() []string {
 		t.Helper()
-		out, err := stack.Kubectl(ctx, "", "get", madeKinds, "--all-namespaces", "--selector", "app.kubernetes.io/instance="+helm.Release, "--output", "name", "--ignore-not-found")
+		kinds := madeKinds
+		if stack.Plugins() {
+			kinds += ",plugins.plugin.kubevirt.io"
+		}
+		out, err := stack.Kubectl(ctx, "", "get", kinds, "--all-namespaces", "--selector", "app.kubernetes.io/instance="+helm.Release, "--output", "name", "--ignore-not-found")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -70,7 +74,11 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	}
 	undisturbed("after helm upgrade")
 
-	for _, kind := range []string{"deployment.apps", "daemonset.apps", "clusterrole.rbac.authorization.k8s.io", "validatingadmissionpolicy.admissionregistration.k8s.io"} {
+	kinds := []string{"deployment.apps", "daemonset.apps", "clusterrole.rbac.authorization.k8s.io", "validatingadmissionpolicy.admissionregistration.k8s.io"}
+	if stack.Plugins() {
+		kinds = append(kinds, "plugin.plugin.kubevirt.io")
+	}
+	for _, kind := range kinds {
 		if !slices.ContainsFunc(made(), func(name string) bool { return strings.HasPrefix(name, kind+"/") }) {
 			t.Errorf("nothing that Helm made is a %s: %q", kind, made())
 		}
@@ -88,7 +96,7 @@ func operated(ctx context.Context, t *testing.T, g *traffic.Guest) {
 	}
 	undisturbed("after helm uninstall")
 
-	if err := stack.Helm(ctx, append([]string{"install", helm.Release, stack.o.Artifacts.Chart}, values...)...); err != nil {
+	if err := stack.InstallChart(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if err := stack.AwaitProduct(ctx); err != nil {

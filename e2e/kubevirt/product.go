@@ -26,12 +26,18 @@ const (
 	resourceName = "intel.com/intel_82599_vf"
 )
 
-// values are the chart's: our image, all that KubeVirt 1.8 has a use for, and
-// nodes with modelled VFs.
-var values = []string{
-	"--set", "image.repository=" + repository + ",image.tag=" + tag,
-	"--set", "kubevirt.binding.enabled=true,kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
-	"--set-json", `agent.modelPFs=["name=pf0,vfs=2,bridge=br0"]`,
+// InstallChart has Helm install the product: our image, all that this KubeVirt
+// has a use for, and nodes with modelled VFs.
+func (s *Stack) InstallChart(ctx context.Context) error {
+	args := []string{"install", helm.Release, s.o.Artifacts.Chart,
+		"--set", "image.repository=" + repository + ",image.tag=" + tag,
+		"--set", "kubevirt.binding.enabled=true,kubevirt.migrationPolicy.enabled=true,kubevirt.admission.enabled=true",
+		"--set-json", `agent.modelPFs=["name=pf0,vfs=2,bridge=br0"]`,
+	}
+	if s.Plugins() {
+		args = append(args, "--set", "kubevirt.plugin.enabled=true")
+	}
+	return s.Helm(ctx, args...)
 }
 
 // Helm runs Helm on the product's namespace.
@@ -86,7 +92,7 @@ func (s *Stack) installProduct(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := s.Helm(ctx, append([]string{"install", helm.Release, s.o.Artifacts.Chart}, values...)...); err != nil {
+	if err := s.InstallChart(ctx); err != nil {
 		return err
 	}
 	for _, name := range []string{"kube-multus-ds", "sriov-device-plugin-standin"} {

@@ -36,7 +36,10 @@ func told(ctx context.Context, t *testing.T) {
 		v1alpha1.ConditionReady:     "True " + v1alpha1.ConditionReady,
 		v1alpha1.ConditionKubeVirt:  "True " + cluster.ReasonInstalled,
 		v1alpha1.ConditionQEMU:      "True " + v1alpha1.ReasonVFIOUserPresent,
-		v1alpha1.ConditionNodeHooks: "False " + cluster.ReasonPluginAPIMissing, // KubeVirt 1.8 has none
+		v1alpha1.ConditionNodeHooks: "False " + cluster.ReasonPluginAPIMissing,
+	}
+	if stack.Plugins() {
+		want[v1alpha1.ConditionNodeHooks] = "True " + cluster.ReasonCalled
 	}
 	at, err := stack.NodeOf(ctx, vm)
 	if err != nil {
