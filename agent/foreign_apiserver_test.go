@@ -117,7 +117,8 @@ func (d *drain) prepared() {
 
 // stopped plays KubeVirt until its migration has ended: as virt-controller does it
 // takes the loss of the target pod before the hand-over to libvirt, and its own
-// object's deletion where it acts upon that, for a failure.
+// object's deletion where it acts upon that, for a failure. Once libvirt migrates
+// it fails as well when the source's device process has had QEMU give up.
 func (d *drain) stopped() {
 	d.t.Helper()
 	eventually(d.t, "KubeVirt's migration ends", func() bool {
@@ -138,7 +139,9 @@ func (d *drain) stopped() {
 		case virtv1.MigrationPending, virtv1.MigrationScheduling, virtv1.MigrationScheduled, virtv1.MigrationRunning:
 			acts = true
 		}
-		if m.Status.Phase != virtv1.MigrationFailed && !(acts && !m.DeletionTimestamp.IsZero()) && !(podGone && m.Status.Phase != virtv1.MigrationRunning) {
+		running := m.Status.Phase == virtv1.MigrationRunning
+		gaveUp := running && d.src.snapshot()["CancelSource"] > d.before["CancelSource"]
+		if m.Status.Phase != virtv1.MigrationFailed && !(acts && !m.DeletionTimestamp.IsZero()) && !(podGone && !running) && !gaveUp {
 			return false
 		}
 		m.Status.Phase = virtv1.MigrationFailed

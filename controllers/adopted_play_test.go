@@ -91,7 +91,7 @@ func TestAdoptedAbortInEachPhase(t *testing.T) {
 				} else if m := p.until("end", isTerminal); m.Status.Phase != v1alpha1.PhaseFailed || m.Status.Failure.Reason != v1alpha1.ReasonAborted {
 					t.Errorf("status %+v", m.Status)
 				}
-				if p.exists(&virtv1.VirtualMachineInstanceMigration{}, p.vmimName) || !p.exists(&corev1.Pod{}, "launcher-a") {
+				if p.left() || !p.exists(&corev1.Pod{}, "launcher-a") {
 					t.Error("the VirtualMachineInstanceMigration is left, or the source pod is not")
 				}
 			})
