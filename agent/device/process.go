@@ -382,7 +382,7 @@ func (p *process) cancelMigration() {
 		}
 		m := p.monitor
 		go func() {
-			// It waits for none: QEMU takes it in when it is not standing in a gate.
+			// Nobody waits for it: QEMU takes it in once it stands in no gate.
 			if err := m.Run(context.Background(), "migrate_cancel", nil, nil); err != nil {
 				p.fail(fmt.Errorf("cancelling QEMU's migration: %w; it is vetoed at its end", err))
 			}

@@ -81,6 +81,8 @@ const (
 	// CompSC's name calls, and where the policy of config/kubevirt/plugin mounts
 	// the same directory into the sidecar. Without Plugins it is not there.
 	PluginDir = "/var/run/kubevirt-plugin/compsc"
+	// PluginSocket is the name of the domain hook's socket there.
+	PluginSocket = "domain.sock"
 	// EnvContainerName tells a sidecar its container's name. Nothing else is
 	// told to a network binding's sidecar: it gets no command and no arguments.
 	EnvContainerName = "CONTAINER_NAME"

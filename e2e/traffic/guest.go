@@ -53,35 +53,73 @@ type Health struct {
 }
 
 // Health asks the guest.
-func (g *Guest) Health(ctx context.Context) (Health, error) {
-	var x Health
-	err := g.Call(ctx, func(ctx context.Context, c *proto.Client) error {
-		r, err := c.Resets(ctx)
-		if err != nil {
-			return err
-		}
-		x.Resets, x.Lines = r.Count, r.Lines
-		info, err := c.Info(ctx)
-		if err != nil {
-			return err
-		}
-		stats, err := c.Stats(ctx)
-		if err != nil {
-			return err
-		}
-		if len(info.Interfaces) == 0 || len(stats) != len(info.Interfaces) {
-			return fmt.Errorf("the guest has %d interfaces, and counters of %d", len(info.Interfaces), len(stats))
-		}
-		x.Stats = stats[0]
-		for _, i := range info.Interfaces {
-			if !i.Carrier {
-				return fmt.Errorf("the guest's interface %s has no link", i.Name)
-			}
-			x.CarrierDowns += i.CarrierDowns
-		}
-		return nil
+func (g *Guest) Health(ctx context.Context) (x Health, err error) {
+	err = g.Call(ctx, func(ctx context.Context, c *proto.Client) (err error) {
+		x, err = Ask(ctx, c)
+		return err
 	})
 	return x, err
+}
+
+// Ask asks a guest for its health.
+func Ask(ctx context.Context, c *proto.Client) (x Health, err error) {
+	r, err := c.Resets(ctx)
+	if err != nil {
+		return x, err
+	}
+	x.Resets, x.Lines = r.Count, r.Lines
+	info, err := c.Info(ctx)
+	if err != nil {
+		return x, err
+	}
+	stats, err := c.Stats(ctx)
+	if err != nil {
+		return x, err
+	}
+	if len(info.Interfaces) == 0 || len(stats) != len(info.Interfaces) {
+		return x, fmt.Errorf("the guest has %d interfaces, and counters of %d", len(info.Interfaces), len(stats))
+	}
+	x.Stats = stats[0]
+	for _, i := range info.Interfaces {
+		if !i.Carrier {
+			return x, fmt.Errorf("the guest's interface %s has no link", i.Name)
+		}
+		x.CarrierDowns += i.CarrierDowns
+	}
+	return x, nil
+}
+
+// Undisturbed fails if the driver was reset or a link went since before.
+func (x Health) Undisturbed(before Health) error {
+	var errs []error
+	if n := x.Resets - before.Resets; n != 0 {
+		errs = append(errs, fmt.Errorf("the guest's driver was reset %d times: %q", n, x.Lines))
+	}
+	if n := x.CarrierDowns - before.CarrierDowns; n != 0 {
+		errs = append(errs, fmt.Errorf("the guest's link went down %d times", n))
+	}
+	return errors.Join(errs...)
+}
+
+// Interrupts is how many the first interface has had.
+func (x Health) Interrupts() (n uint64) {
+	for _, i := range x.Stats.Interrupts {
+		n += i
+	}
+	return n
+}
+
+// CheckIntact fails unless the guest's end of its one stream agrees with this one,
+// which has ended.
+func CheckIntact(ctx context.Context, c *proto.Client, here stream.Stats) error {
+	streams, err := c.Streams(ctx)
+	if err != nil || len(streams) != 1 {
+		return fmt.Errorf("the guest's streams are %+v: %v", streams, err)
+	}
+	if there := streams[0]; !here.Intact || !there.Intact || here.Sent != there.Received || there.Sent != here.Received {
+		return fmt.Errorf("the stream is damaged: here %+v, in the guest %+v", here, there)
+	}
+	return nil
 }
 
 // StartTraffic begins a ping and a checked stream, and waits until both flow.
@@ -194,11 +232,5 @@ func (g *Guest) CheckUndisturbed(ctx context.Context) (Health, error) {
 	if err != nil {
 		return now, err
 	}
-	if n := now.Resets - g.before.Resets; n != 0 {
-		return now, fmt.Errorf("the guest's driver was reset %d times: %q", n, now.Lines)
-	}
-	if n := now.CarrierDowns - g.before.CarrierDowns; n != 0 {
-		return now, fmt.Errorf("the guest's link went down %d times", n)
-	}
-	return now, nil
+	return now, now.Undisturbed(g.before)
 }

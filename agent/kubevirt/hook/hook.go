@@ -46,9 +46,6 @@ import (
 // differ from those of the pod's other sidecars: virt-launcher counts names.
 const Socket = "compsc.sock"
 
-// PluginSocket is the name of the domain hook's socket, in kubevirt.PluginDir.
-const PluginSocket = "domain.sock"
-
 // NetworkInfo is where KubeVirt shows the sidecar of a binding with
 // downwardAPI: device-info the annotation kubevirt.io/network-info of its pod.
 const NetworkInfo = "/etc/podinfo/network-info"
@@ -123,7 +120,7 @@ func Listen(dir, plugin string) ([]net.Listener, error) {
 	if _, err := os.Stat(plugin); errors.Is(err, os.ErrNotExist) {
 		return []net.Listener{l}, nil
 	}
-	p, err := listen(filepath.Join(plugin, PluginSocket))
+	p, err := listen(filepath.Join(plugin, kubevirt.PluginSocket))
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}

@@ -78,7 +78,7 @@ func start(t *testing.T, change func(*Options)) *launcher {
 	}
 	t.Cleanup(func() { cc.Close() })
 	x.InfoClient, x.CallbacksClient = infopb.NewInfoClient(cc), callbackspb.NewCallbacksClient(cc)
-	pc, err := grpc.NewClient("unix:"+filepath.Join(plugin, PluginSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	pc, err := grpc.NewClient("unix:"+filepath.Join(plugin, kubevirt.PluginSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestStaleSocket(t *testing.T) {
 		if err := os.Mkdir(plugin, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(plugin, PluginSocket), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(plugin, kubevirt.PluginSocket), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -8,7 +8,6 @@ import (
 	pluginv1alpha1 "kubevirt.io/api/plugin/v1alpha1"
 
 	"compsc.io/compsc/agent/kubevirt"
-	"compsc.io/compsc/agent/kubevirt/hook"
 )
 
 const (
@@ -38,13 +37,13 @@ func CheckPlugin(l *PluginList) (found bool, err error) {
 }
 
 // DomainHook is where virt-launcher finds the domain hook of CompSC's sidecar.
-const DomainHook = kubevirt.PluginDir + "/" + hook.PluginSocket
+const DomainHook = kubevirt.PluginDir + "/" + kubevirt.PluginSocket
 
 // check tells what is wrong with a Plugin object. KubeVirt reads a node hook's own
 // condition and failureStrategy only, not those of the spec.
 func check(p *pluginv1alpha1.Plugin) error {
 	// Where there are Plugin objects, virt-launcher drops what the sidecar did to
-	// the domain (see package hook): a VM would start without its VFs.
+	// the domain (see package hook beside this one): a VM would start without its VFs.
 	i := slices.IndexFunc(p.Spec.DomainHooks, func(h pluginv1alpha1.DomainHook) bool { return h.Sidecar != nil && h.Sidecar.SocketPath == DomainHook })
 	switch {
 	case i < 0:

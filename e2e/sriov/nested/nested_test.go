@@ -29,28 +29,12 @@ const (
 	migrationAddress = "tcp:127.0.0.1:49152"
 )
 
-// health is what a guest tells of itself.
-type health struct {
-	info   proto.Info
-	stats  proto.Stats
-	resets proto.Resets
-}
-
-func (p *pod) health() (h health) {
+// health asks the guest, whose one interface is the VF.
+func (p *pod) health() (h traffic.Health) {
 	p.Helper()
 	p.guest(guestTimeout, func(ctx context.Context, c *proto.Client) (err error) {
-		if h.info, err = c.Info(ctx); err != nil {
-			return err
-		}
-		if h.resets, err = c.Resets(ctx); err != nil {
-			return err
-		}
-		stats, err := c.Stats(ctx)
-		if err != nil || len(stats) != 1 || len(h.info.Interfaces) != 1 {
-			return fmt.Errorf("statistics of %d interfaces: %w", len(stats), err)
-		}
-		h.stats = stats[0]
-		return nil
+		h, err = traffic.Ask(ctx, c)
+		return err
 	})
 	return h
 }
@@ -72,10 +56,13 @@ func TestNested(t *testing.T) {
 			}
 		}
 	})
-	nic := source.health().info.Interfaces[0]
-	if nic.Driver != family || nic.MAC != guestMAC {
-		t.Fatalf("the guest's interface is %+v, want driver %s and MAC %s", nic, family, guestMAC)
-	}
+	source.guest(guestTimeout, func(ctx context.Context, c *proto.Client) error {
+		info, err := c.Info(ctx)
+		if i := info.Interfaces; err != nil || len(i) != 1 || i[0].Driver != family || i[0].MAC != guestMAC {
+			return fmt.Errorf("the guest's interfaces are %+v (%v), want one with driver %s and MAC %s", i, err, family, guestMAC)
+		}
+		return nil
+	})
 	ping, s := r.load()
 	r.flow(s)
 	was := source.health()
@@ -87,39 +74,20 @@ func TestNested(t *testing.T) {
 	here, err := s.Stop(r.ctx)
 	r.must(err)
 	is := target.health()
-	if n := is.resets.Count - was.resets.Count; n != 0 {
-		t.Errorf("the guest's driver was reset %d times: %q", n, is.resets.Lines)
-	}
-	if n := is.info.Interfaces[0].CarrierDowns - was.info.Interfaces[0].CarrierDowns; n != 0 {
-		t.Errorf("the guest lost its link %d times", n)
+	if err := is.Undisturbed(was); err != nil {
+		t.Error(err)
 	}
 	for _, name := range []string{"rx_packets", "tx_packets", "rx_bytes", "tx_bytes"} {
-		if is.stats.Driver[name] <= was.stats.Driver[name] {
-			t.Errorf("counter %s was %d before the move and is %d with more traffic", name, was.stats.Driver[name], is.stats.Driver[name])
+		if is.Stats.Driver[name] <= was.Stats.Driver[name] {
+			t.Errorf("counter %s was %d before the move and is %d with more traffic", name, was.Stats.Driver[name], is.Stats.Driver[name])
 		}
 	}
-	if sum(is.stats.Interrupts) <= sum(was.stats.Interrupts) {
-		t.Errorf("interrupts were %v before the move and are %v", was.stats.Interrupts, is.stats.Interrupts)
+	if is.Interrupts() <= was.Interrupts() {
+		t.Errorf("interrupts were %v before the move and are %v", was.Stats.Interrupts, is.Stats.Interrupts)
 	}
-	target.guest(guestTimeout, func(ctx context.Context, c *proto.Client) error {
-		streams, err := c.Streams(ctx)
-		if err != nil || len(streams) != 1 {
-			return fmt.Errorf("the guest's streams are %+v: %w", streams, err)
-		}
-		if there := streams[0]; !here.Intact || !there.Intact || here.Sent != there.Received || there.Sent != here.Received {
-			return fmt.Errorf("the stream is damaged: here %+v, in the guest %+v", here, there)
-		}
-		return nil
-	})
+	target.guest(guestTimeout, func(ctx context.Context, c *proto.Client) error { return traffic.CheckIntact(ctx, c, here) })
 	target.end()
 	r.restored(pfs, before)
-}
-
-func sum(m map[string]uint64) (n uint64) {
-	for _, v := range m {
-		n += v
-	}
-	return n
 }
 
 // load starts pings and a stream to the guest.

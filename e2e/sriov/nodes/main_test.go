@@ -4,7 +4,6 @@ package nodes_test
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -133,28 +132,12 @@ func (r *rig) guest(bound time.Duration, do func(context.Context, *proto.Client)
 	r.must(do(ctx, c))
 }
 
-// health is what a guest tells of itself.
-type health struct {
-	info   proto.Info
-	stats  proto.Stats
-	resets proto.Resets
-}
-
-func (r *rig) health() (h health) {
+// health asks the guest, whose one interface is the VF.
+func (r *rig) health() (h traffic.Health) {
 	r.Helper()
 	r.guest(callTimeout, func(ctx context.Context, c *proto.Client) (err error) {
-		if h.info, err = c.Info(ctx); err != nil {
-			return err
-		}
-		if h.resets, err = c.Resets(ctx); err != nil {
-			return err
-		}
-		stats, err := c.Stats(ctx)
-		if err != nil || len(stats) != 1 || len(h.info.Interfaces) != 1 {
-			return fmt.Errorf("statistics of %d interfaces: %w", len(stats), err)
-		}
-		h.stats = stats[0]
-		return nil
+		h, err = traffic.Ask(ctx, c)
+		return err
 	})
 	return h
 }

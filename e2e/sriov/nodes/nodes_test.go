@@ -20,7 +20,7 @@ import (
 	"compsc.io/compsc/e2e/guest/proto"
 	"compsc.io/compsc/e2e/harness"
 	"compsc.io/compsc/e2e/sriov/card"
-	"compsc.io/compsc/e2e/stream"
+	"compsc.io/compsc/e2e/traffic"
 )
 
 // TestMigration moves a guest under traffic from a VF of one node to a VF of the
@@ -37,9 +37,13 @@ func TestMigration(t *testing.T) {
 			}
 		}
 	})
-	if nic := r.health().info.Interfaces[0]; nic.Driver != "igbvf" || nic.MAC != harness.MAC {
-		t.Fatalf("the guest's interface is %+v, want driver igbvf and MAC %s", nic, harness.MAC)
-	}
+	r.guest(callTimeout, func(ctx context.Context, c *proto.Client) error {
+		info, err := c.Info(ctx)
+		if i := info.Interfaces; err != nil || len(i) != 1 || i[0].Driver != "igbvf" || i[0].MAC != harness.MAC {
+			return fmt.Errorf("the guest's interfaces are %+v (%v), want one with driver igbvf and MAC %s", i, err, harness.MAC)
+		}
+		return nil
+	})
 	r.owner(harness.NodeA)
 	ping, s := r.load()
 	r.flow(s)
@@ -57,7 +61,7 @@ func TestMigration(t *testing.T) {
 	r.must(err)
 	is := r.health()
 	r.undisturbed(was, is)
-	r.intact(here)
+	r.guest(callTimeout, func(ctx context.Context, c *proto.Client) error { return traffic.CheckIntact(ctx, c, here) })
 
 	r.must(r.h.DeleteVM(r.ctx, harness.VMI))
 	for node, was := range before {
@@ -159,45 +163,20 @@ func (r *rig) account(m *v1alpha1.VFMigration) {
 }
 
 // undisturbed fails if the guest has noticed anything.
-func (r *rig) undisturbed(was, is health) {
+func (r *rig) undisturbed(was, is traffic.Health) {
 	r.Helper()
-	if n := is.resets.Count - was.resets.Count; n != 0 {
-		r.Errorf("the guest's driver was reset %d times: %q", n, is.resets.Lines)
-	}
-	if n := is.info.Interfaces[0].CarrierDowns - was.info.Interfaces[0].CarrierDowns; n != 0 {
-		r.Errorf("the guest lost its link %d times", n)
+	if err := is.Undisturbed(was); err != nil {
+		r.Error(err)
 	}
 	for _, name := range []string{"rx_packets", "tx_packets", "rx_bytes", "tx_bytes"} {
-		before, now := was.stats.Driver[name], is.stats.Driver[name]
+		before, now := was.Stats.Driver[name], is.Stats.Driver[name]
 		r.Logf("counter %s was %d before the move and is %d with more traffic", name, before, now)
 		// The driver takes a counter that goes back for one that has wrapped.
 		if now <= before || now-before > maxGrowth {
 			r.Errorf("counter %s did not go on", name)
 		}
 	}
-	if sum(is.stats.Interrupts) <= sum(was.stats.Interrupts) {
-		r.Errorf("interrupts were %v before the move and are %v", was.stats.Interrupts, is.stats.Interrupts)
+	if is.Interrupts() <= was.Interrupts() {
+		r.Errorf("interrupts were %v before the move and are %v", was.Stats.Interrupts, is.Stats.Interrupts)
 	}
-}
-
-func sum(m map[string]uint64) (n uint64) {
-	for _, v := range m {
-		n += v
-	}
-	return n
-}
-
-// intact fails unless the guest's end of the stream agrees with this one.
-func (r *rig) intact(here stream.Stats) {
-	r.Helper()
-	r.guest(callTimeout, func(ctx context.Context, c *proto.Client) error {
-		streams, err := c.Streams(ctx)
-		if err != nil || len(streams) != 1 {
-			return fmt.Errorf("the guest's streams are %+v: %w", streams, err)
-		}
-		if there := streams[0]; !here.Intact || !there.Intact || here.Sent != there.Received || there.Sent != here.Received {
-			return fmt.Errorf("the stream is damaged: here %+v, in the guest %+v", here, there)
-		}
-		return nil
-	})
 }
