@@ -23,7 +23,7 @@ const (
 	// family and deviceID are those of 82576 VFs.
 	family, deviceID = "igbvf", "8086:10ca"
 	// testTimeout bounds the whole test, on emulated processors.
-	testTimeout = 13 * time.Minute
+	testTimeout = 30 * time.Minute
 )
 
 // rig is the node: its network and its VFs.

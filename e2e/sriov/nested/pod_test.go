@@ -49,7 +49,7 @@ const (
 	// an emulated one.
 	guestTimeout = 3 * time.Minute
 	// bootTimeout bounds the start of a guest.
-	bootTimeout = 6 * time.Minute
+	bootTimeout = 15 * time.Minute
 )
 
 // pod is what runs for a VM on one of the two sides: a VF, the device process
