@@ -62,7 +62,7 @@ func (a *agent) isTarget(m *vfMigration) bool {
 }
 
 func (a *agent) forget(m *vfMigration) {
-	for _, what := range []string{tryPin, tryCancelSource, tryCancelTarget} {
+	for _, what := range []string{tryPin, tryTarget, tryCancelSource, tryCancelTarget} {
 		a.tries.worked(what + string(m.UID))
 	}
 }
@@ -70,6 +70,7 @@ func (a *agent) forget(m *vfMigration) {
 // What is tried again within bounds, by migration.
 const (
 	tryPin          = "pin "
+	tryTarget       = "target "
 	tryCancelSource = "cancel source "
 	tryCancelTarget = "cancel target "
 )

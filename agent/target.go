@@ -45,9 +45,19 @@ func (a *agent) reconcileTarget(ctx context.Context, m *vfMigration) (ctrl.Resul
 	}
 	defer d.Close()
 	st, err := a.status(ctx, d)
+	what := tryTarget + string(m.UID)
 	if transient(err) {
-		return ctrl.Result{RequeueAfter: a.limits.pause}, nil
+		if a.tries.failed(what) < a.limits.retry {
+			return ctrl.Result{RequeueAfter: a.limits.pause}, nil
+		}
+		condition := v1alpha1.ConditionRestored
+		if is(m, condition) {
+			condition = v1alpha1.ConditionVerified
+		}
+		f := a.targetFailure(m, err)
+		return ctrl.Result{}, a.ignoreOver(a.update(ctx, m, always(func(m *vfMigration) { setFalse(m, condition, f.reason, "%s", f) })))
 	}
+	a.tries.worked(what)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
@@ -290,11 +300,16 @@ func (r *targetRun) waited(ctx context.Context, err error) (f *failure, again bo
 			_, err := r.status(ctx, r.dev)
 			return err
 		}); err != nil {
-			return failed(v1alpha1.ReasonDeviceUnavailable, "the device process of pod %s on the target node %s: %s; see the log of its compsc container", r.m.Status.Target.PodName, r.node, say(err)), false
+			return r.targetFailure(r.m, err), false
 		}
 		return nil, true
 	}
 	return failed(v1alpha1.ReasonRestoreFailed, "the device process of the target: %s", say(err)), false
+}
+
+// targetFailure is for a device process that cannot be spoken to.
+func (a *agent) targetFailure(m *vfMigration, err error) *failure {
+	return failed(v1alpha1.ReasonDeviceUnavailable, "the device process of pod %s on the target node %s: %s; see the log of its compsc container", m.Status.Target.PodName, a.node, say(err))
 }
 
 // commit has the source give its VFs up for good, the point of no return, and
