@@ -567,6 +567,20 @@ func TestAPIServerAway(t *testing.T) {
 	s.rolledBack(v1alpha1.ReasonPeerUnavailable)
 }
 
+func TestTargetIsLostWhileItsAgentIsAway(t *testing.T) {
+	s := boot(t)
+	s.begin()
+	s.expect(v1alpha1.ConditionPrepared, metav1.ConditionTrue, v1alpha1.ConditionPrepared)
+	s.to.kill()
+	s.stopDst()
+	s.to.start()
+	c := s.expect(v1alpha1.ConditionRestored, metav1.ConditionFalse, v1alpha1.ReasonDeviceUnavailable)
+	if !strings.Contains(c.Message, "pod launcher-target on the target node b") {
+		t.Errorf("message %q", c.Message)
+	}
+	s.rolledBack(v1alpha1.ReasonMigrationFailed)
+}
+
 func TestOrphanIsCleared(t *testing.T) {
 	s := boot(t)
 	s.src.set(func() { s.src.phase, s.src.uid = pb.Phase_PHASE_SOURCE_PREPARED, "long gone" })
