@@ -141,9 +141,14 @@ func (p *pod) startQEMU(incoming bool) {
 	unix := func(name string) map[string]string {
 		return map[string]string{"type": "unix", "path": filepath.Join(hooksDir, name)}
 	}
+	accel, cpu := "tcg", "qemu64"
+	if os.Getenv("COMPSC_KVM") != "" {
+		// Without what a guest of this guest would need.
+		accel, cpu = "kvm", "host,-svm"
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", "tcg", "-cpu", "qemu64", "-smp", "1", "-m", memory,
+		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", accel, "-cpu", cpu, "-smp", "1", "-m", memory,
 		"-object", "memory-backend-memfd,id=ram,share=on,size=" + memory,
 		"-kernel", domainDir + "/kernel", "-initrd", domainDir + "/initrd",
 		"-append", "console=ttyS0 quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog rcupdate.rcu_expedited=1 compsc.ip=" + p.lab.GuestIP().String(),

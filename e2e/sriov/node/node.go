@@ -40,8 +40,9 @@ type Config struct {
 	Kernel, Initrd string
 	// Memory is in MiB.
 	Memory int
-	// KVM gives the node's processors what KVM needs.
-	KVM bool
+	// KVM, if set, is a QEMU program to run the node with instead of the tree's,
+	// whose emulated processors KVM can use (hack/svm-qemu makes it).
+	KVM string
 	// Number tells nodes on one wire apart: 0 for one that is alone.
 	Number int
 	// Wire, if set, is a tap device that the wire of the node's cards goes on to;
@@ -84,7 +85,12 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 		return nil, err
 	}
 	// The program is looked up inside the new root.
-	n.qemu = exec.CommandContext(ctx, "/usr/bin/qemu-system-x86_64", c.arguments(strings.TrimPrefix(dir, filepath.Clean(c.QEMU)))...)
+	inside := strings.TrimPrefix(dir, filepath.Clean(c.QEMU))
+	program := "/usr/bin/qemu-system-x86_64"
+	if c.KVM != "" {
+		program = filepath.Join(inside, kvmProgram)
+	}
+	n.qemu = exec.CommandContext(ctx, program, c.arguments(inside)...)
 	n.qemu.Dir = "/"
 	n.qemu.SysProcAttr = &syscall.SysProcAttr{Chroot: c.QEMU, Pdeathsig: syscall.SIGKILL}
 	n.qemu.Stdout, n.qemu.Stderr = &n.errs, &n.errs
@@ -141,8 +147,16 @@ func (n *Node) fill(c Config) error {
 			return err
 		}
 	}
+	if c.KVM != "" {
+		if err := place(c.KVM, filepath.Join(n.dir, kvmProgram)); err != nil {
+			return err
+		}
+	}
 	return errors.Join(place(c.Kernel, filepath.Join(n.dir, "vmlinuz")), place(c.Initrd, filepath.Join(n.dir, "initrd")))
 }
+
+// kvmProgram is Config.KVM in the node's directory.
+const kvmProgram = "qemu"
 
 // place copies a file.
 func place(from, to string) error {
@@ -165,9 +179,10 @@ func place(from, to string) error {
 
 // arguments are those of QEMU; dir is the node's directory inside QEMU's root.
 func (c Config) arguments(dir string) []string {
-	cpu := "qemu64,+x2apic"
-	if c.KVM {
-		cpu = "max,+svm,+npt"
+	cpu, more := "qemu64,+x2apic", ""
+	if c.KVM != "" {
+		// Without huge pages the emulated nested paging has less to get wrong.
+		cpu, more = cpu+",+svm,+npt", " transparent_hugepage=never"
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
@@ -179,7 +194,7 @@ func (c Config) arguments(dir string) []string {
 			// Ten ticks come late on a busy machine, and the kernel panics.
 			"no_timer_check " +
 			// What costs time and tests nothing here.
-			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1",
+			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1" + more,
 		"-serial", "file:" + dir + "/console",
 		"-device", "virtio-serial-pci",
 		"-add-fd", "fd=3,set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on", "-device", "virtserialport,chardev=output,name=" + job.OutputPort,
@@ -190,6 +205,10 @@ func (c Config) arguments(dir string) []string {
 	args = append(args, "-netdev", "hubport,hubid=0,id=wire", "-device", "virtio-net-pci,netdev=wire,romfile=,mac="+WireMACOf(c.Number))
 	if c.Wire != nil {
 		args = append(args, "-netdev", "tap,id=outside,fd=4", "-netdev", "hubport,hubid=0,id=onward,netdev=outside")
+	}
+	if c.KVM != "" {
+		// Elsewhere than where it was built for, it does not find its firmware.
+		args = append(args, "-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
 	}
 	for i := range PFs {
 		args = append(args,
