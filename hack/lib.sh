@@ -54,6 +54,23 @@ debian_mirror() {
     echo "$uri"
 }
 
+# debian_source DIRECTORY SUITE PACKAGE: downloads the upstream part of a source
+# package, PACKAGE_*.orig.tar.*, of a release of Debian to a directory.
+debian_source() {
+    local dir="$1" suite="$2" package="$3" apt
+    mkdir -p "$dir/lists/partial"
+    cat >"$dir/source.sources" <<END
+Types: deb-src
+URIs: $(debian_mirror)
+Suites: $suite
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+END
+    apt=(apt-get -q -o "Dir::Etc::sourcelist=$dir/source.sources" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::lists=$dir/lists" -o APT::Sandbox::User=root)
+    "${apt[@]}" update && (cd "$dir" && "${apt[@]}" source --download-only --only-source "$package")
+}
+
 # key INPUT...: prints a hash of strings and (for arguments that name files)
 # of their contents; it identifies what an artefact was made from.
 key() {
