@@ -21,19 +21,24 @@ import (
 )
 
 // listen creates a socket that only the owner may connect to, in place of one
-// that an earlier process may have left.
+// that an earlier process may have left. It appears at once in its final form:
+// who finds it is let in, and need not try again. The kernel goes on calling it
+// "new-" and its name (/proc/net/unix).
 func listen(dir, name string) (*net.UnixListener, error) {
-	path := filepath.Join(dir, name)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	path, temporary := filepath.Join(dir, name), filepath.Join(dir, "new-"+name)
+	if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("stale socket: %w", err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return nil, err
+	l.SetUnlinkOnClose(false) // what an ended process leaves refuses connections
+	if err = os.Chmod(temporary, 0o600); err == nil {
+		err = os.Rename(temporary, path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("socket %s: %w", path, err), l.Close())
 	}
 	return l, nil
 }

@@ -158,9 +158,10 @@ func (s *StandIn) GateConnections(pod types.UID) (int, error) {
 	n := 0
 	for line := range strings.Lines(string(table)) {
 		// Num, RefCount, Protocol, Flags, Type, St, Inode, Path (proc(5)); 03 is
-		// connected, and an accepted socket has the listening one's path.
+		// connected, and an accepted socket has the path that the listening one was
+		// made with.
 		f := strings.Fields(line)
-		if len(f) == 8 && f[5] == "03" && own[f[6]] && filepath.Base(f[7]) == "gate.sock" {
+		if len(f) == 8 && f[5] == "03" && own[f[6]] && filepath.Base(f[7]) == "new-gate.sock" {
 			n++
 		}
 	}
