@@ -127,6 +127,8 @@ type VF struct {
 	box      family.Mailbox
 	resetReg uint32
 	resetBit uint32
+	linkReg  uint32
+	linkBit  uint32
 	resets   atomic.Uint64
 
 	// at has, for each dword of BAR0, what a guest's access needs: they look up
@@ -148,6 +150,9 @@ type VF struct {
 	counterAt map[uint32]*counter
 	log       family.Log
 	mail      mail
+	// dropped tells that the PF sent something that the guest has not seen,
+	// and will not.
+	dropped bool
 	// held is nil while the VF runs. While it is quiesced, it has what the
 	// guest shall find in the registers that the quiesce changed: control and
 	// tail of each queue, the head of one that goes on elsewhere, and the
@@ -188,6 +193,7 @@ func New(f family.Family, b Backend, o Options) *VF {
 		log:       f.NewLog(),
 	}
 	v.resetReg, v.resetBit = f.ResetRegister()
+	v.linkReg, v.linkBit = f.LinkRegister()
 	if o.Direct {
 		v.pages = family.DoorbellPages(f)
 	}
@@ -257,14 +263,27 @@ func (v *VF) HeadsInUse() bool {
 	return false
 }
 
-// Kick raises every vector that has a cause assigned once, so that no
+// Kick raises every vector that a queue is assigned to once, so that no
 // interrupt is lost to the guest with the switchover; a spurious one is
 // harmless. For a quiesced VF it happens when that ends.
-func (v *VF) Kick() {
+//
+// The mailbox's vector is raised only if the guest shall find something: Linux's
+// igbvf takes each of its interrupts for a change of the link, and takes the
+// link down for two seconds if one comes while it looks whether it is up
+// (igbvf_has_link reads get_link_status, which igbvf_msix_other sets, after it
+// has let softirqs run).
+//
+// It returns the vectors, a bit for each: all of them for a VF that is lost.
+func (v *VF) Kick() (vectors uint32) {
 	v.mu.Lock()
 	defer v.unlock()
-	var vectors uint32
+	if v.lost != nil {
+		return v.irq.All
+	}
 	for _, off := range v.irq.Assign {
+		if off == v.irq.Mailbox && !v.news() {
+			continue
+		}
 		for value := v.b.Read(off); value != 0; value >>= 8 {
 			if b := uint8(value); b&v.irq.AssignValid != 0 {
 				vectors |= 1 << (b & v.irq.AssignVector)
@@ -279,6 +298,16 @@ func (v *VF) Kick() {
 	default:
 		v.b.Write(v.irq.CauseSet, vectors)
 	}
+	return vectors
+}
+
+// news tells whether the guest may have to learn something from the mailbox's
+// interrupt: of the mailbox, or that the link is down, of which a driver that
+// takes it for up does not find out by itself.
+func (v *VF) news() bool {
+	dropped := v.dropped
+	v.dropped = false
+	return dropped || v.mail.readClear != 0 || v.b.Read(v.linkReg)&v.linkBit == 0
 }
 
 // current is the register as the guest shall see it.

@@ -265,21 +265,58 @@ func TestKickRaisesAssignedVectors(t *testing.T) {
 	for _, tc := range []struct {
 		name       string
 		ivar, misc uint32
+		links      uint32
 		want       uint32
 	}{
-		{"none", 0, 0, 0},
-		{"one queue pair", 0x8080, 0x81, 3},
-		{"two queue pairs", 0x81818080, 0x82, 7},
-		{"not valid", 0x0101, 0x02, 0},
-		{"no such vector", 0x83, 0, 0},
+		{"none", 0, 0, ixgbevf.LinksUp, 0},
+		{"one queue pair", 0x8080, 0x81, ixgbevf.LinksUp, 1},
+		{"one vector for all", 0x8080, 0x80, ixgbevf.LinksUp, 1},
+		{"two queue pairs", 0x81818080, 0x82, ixgbevf.LinksUp, 3},
+		{"link down", 0x81818080, 0x82, 0, 7},
+		{"not valid", 0x0101, 0x02, 0, 0},
+		{"no such vector", 0x83, 0, ixgbevf.LinksUp, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			d := newFake()
 			v, _ := newVF(d)
-			d.regs[ixgbevf.VTIVAR(0)], d.regs[ixgbevf.VTIVARMisc] = tc.ivar, tc.misc
-			v.Kick()
+			d.regs[ixgbevf.VTIVAR(0)], d.regs[ixgbevf.VTIVARMisc], d.regs[ixgbevf.VFLINKS] = tc.ivar, tc.misc, tc.links
+			if told := v.Kick(); told != tc.want {
+				t.Errorf("vectors %#x, want %#x", told, tc.want)
+			}
 			if got := d.regs[ixgbevf.VTEICR]; got != tc.want {
 				t.Errorf("causes %#x, want %#x", got, tc.want)
+			}
+		})
+	}
+}
+
+// The mailbox's vector is raised if the guest has not seen what the mailbox tells.
+func TestKickForMail(t *testing.T) {
+	for name, tc := range map[string]struct {
+		mail func(*fakeVF, *VF)
+		want uint32
+	}{
+		"nothing": {func(*fakeVF, *VF) {}, 3},
+		"a ping":  {func(d *fakeVF, _ *VF) { d.ping() }, 7},
+		"a ping that was dropped": {func(d *fakeVF, v *VF) {
+			d.talkOver = func() overTalk { return overwrites }
+			if _, err := v.exchange(t.Context(), []uint32{ixgbevf.MsgReset}); !errors.Is(err, errUnanswered) {
+				t.Errorf("the ping was taken for the reply: %v", err)
+			}
+		}, 7},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newFake()
+			v, _ := newVF(d)
+			boot(t, v, d)
+			d.regs[ixgbevf.VFLINKS] = ixgbevf.LinksUp
+			tc.mail(d, v)
+			capture(t, v)
+			if got := v.Kick(); got != tc.want {
+				t.Errorf("vectors %#x, want %#x", got, tc.want)
+			}
+			if got := v.Kick() & 4; name == "a ping that was dropped" && got != 0 {
+				t.Error("the vector is raised again")
 			}
 		})
 	}

@@ -174,6 +174,7 @@ func (v *VF) exchange(ctx context.Context, request []uint32) ([]uint32, error) {
 		reply = v.readMailboxMemory()
 		v.b.Write(v.box.Control, v.box.Ack)
 		if !v.answers(request, reply) {
+			v.dropped = true
 			return false, fmt.Errorf("%w: the PF sent message %#x of its own", errUnanswered, reply[0])
 		}
 		return true, nil

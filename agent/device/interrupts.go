@@ -2,6 +2,7 @@ package device
 
 import (
 	"fmt"
+	"math/bits"
 
 	"compsc.io/compsc/agent/vfiouser"
 )
@@ -23,16 +24,14 @@ func (i *iface) fire(vector int) {
 	}
 }
 
-// fireAll raises every connected vector once.
-func (i *iface) fireAll() {
-	if vf := i.get(); vf != nil {
-		vf.engine.Kick()
+// kick raises the vectors once that the engine says shall not be lost.
+func (i *iface) kick() {
+	vf := i.get()
+	if vf == nil {
+		return
 	}
-	i.mu.Lock()
-	n := len(i.vectors)
-	i.mu.Unlock()
-	for v := range n {
-		i.fire(v)
+	for vectors := vf.engine.Kick(); vectors != 0; vectors &= vectors - 1 {
+		i.fire(bits.TrailingZeros32(vectors))
 	}
 }
 

@@ -47,6 +47,6 @@ func (i *iface) giveUp() (address string, ok bool) {
 	})
 	i.lost.Store(true)
 	i.setRunning(true) // nobody need wait for it
-	i.fireAll()        // drivers look at their link on the mailbox's interrupt
+	i.kick()           // drivers look at their link on the mailbox's interrupt
 	return vf.handoff.VF, true
 }

@@ -351,7 +351,7 @@ func (p *process) backToRunning(why string) {
 		h.decide(errors.New(why))
 	}
 	for _, i := range p.interfaces() {
-		i.fireAll()
+		i.kick()
 	}
 	p.log.Info("VFs run again on the source", "why", why)
 }

@@ -379,7 +379,7 @@ func (p *process) targetRuns() {
 		}
 		// An interrupt raised after the source had saved its interrupt
 		// controllers is lost; a spurious one is harmless.
-		i.fireAll()
+		i.kick()
 	}
 	p.log.Info("the VM runs here")
 }

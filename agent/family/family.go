@@ -233,6 +233,8 @@ type Interrupts struct {
 	// AssignVector.
 	Assign                    []uint32
 	AssignValid, AssignVector uint8
+	// Mailbox is the one of them that assigns the mailbox.
+	Mailbox uint32
 }
 
 // Mailbox gives the place and the control bits of the mailbox.
@@ -278,6 +280,9 @@ type Family interface {
 	Descriptors() Descriptors
 	// ResetRegister and ResetBit start a reset of the VF when written.
 	ResetRegister() (offset, bit uint32)
+	// LinkRegister returns a register and the bit in it that is set while the
+	// VF's link is up.
+	LinkRegister() (offset, bit uint32)
 	// NewLog returns an empty record of mailbox operations.
 	NewLog() Log
 	// RestoreLog rebuilds a record from what Log.Marshal returned. It fails on

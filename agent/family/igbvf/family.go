@@ -108,6 +108,7 @@ func (f *Family) Interrupts() family.Interrupts {
 		All:            VectorMask, Vectors: MSIXVectors,
 		Assign:      []uint32{IVAR0, IVARMisc},
 		AssignValid: IVARValid, AssignVector: IVARVector,
+		Mailbox: IVARMisc,
 	}
 }
 
@@ -125,6 +126,9 @@ func (f *Family) Mailbox() family.Mailbox {
 
 // ResetRegister tells that CTRL.RST resets the VF.
 func (f *Family) ResetRegister() (offset, bit uint32) { return CTRL, CtrlRST }
+
+// LinkRegister tells that STATUS.LU shows the link.
+func (f *Family) LinkRegister() (offset, bit uint32) { return STATUS, StatusLU }
 
 // NewLog returns an empty record, that of a VF whose driver is not loaded.
 func (f *Family) NewLog() family.Log { return &Log{} }

@@ -140,6 +140,8 @@ func TDWBAH(n int) uint32 { return tx(0x3c, n) }
 
 // Bits of the registers.
 const (
+	// StatusLU in STATUS: the link is up.
+	StatusLU = 1 << 1
 	// CtrlRST in CTRL resets the VF; it clears itself.
 	CtrlRST = 1 << 26
 	// StatusLinkUp in STATUS: the link is up.

@@ -134,6 +134,7 @@ func (f *Family) Interrupts() family.Interrupts {
 		All: VectorMask, Vectors: MSIXVectors,
 		Assign:      []uint32{VTIVAR(0), VTIVAR(1), VTIVAR(2), VTIVAR(3), VTIVARMisc},
 		AssignValid: IVARValid, AssignVector: IVARVector,
+		Mailbox: VTIVARMisc,
 	}
 }
 
@@ -150,6 +151,9 @@ func (f *Family) Mailbox() family.Mailbox {
 
 // ResetRegister tells that VFCTRL.RST resets the VF.
 func (f *Family) ResetRegister() (offset, bit uint32) { return VFCTRL, CtrlRST }
+
+// LinkRegister tells that VFLINKS shows the link.
+func (f *Family) LinkRegister() (offset, bit uint32) { return VFLINKS, LinksUp }
 
 // NewLog returns an empty record, that of a VF whose driver is not loaded.
 func (f *Family) NewLog() family.Log { return &Log{} }
