@@ -86,11 +86,11 @@ e2e-iommufd: qemu-tree sriov-node iommufd-node build ## Run the same tests on a 
 	@COMPSC_FAULTS=$(FAULTS) hack/test iommufd $(TESTFLAGS)
 
 .PHONY: e2e-nested
-e2e-nested: qemu-tree guest sriov-node build $(if $(KVM),svm-qemu) ## Move a guest inside such a VM, with its own igbvf, from card to card (as root; minutes); KVM=1 under KVM.
-	@COMPSC_KVM=$(KVM) hack/test nested $(TESTFLAGS)
+e2e-nested: qemu-tree guest sriov-node svm-qemu build ## Move a guest under KVM inside such a VM, with its own igbvf, from card to card (as root; minutes).
+	@hack/test nested $(TESTFLAGS)
 
 .PHONY: e2e-nodes
-e2e-nodes: artifacts sriov-node ## Move such a guest from one such VM to another, by a VFMigration (as root; minutes).
+e2e-nodes: artifacts sriov-node svm-qemu ## Move such a guest from one such VM to another, by a VFMigration (as root; minutes).
 	@hack/test nodes $(TESTFLAGS)
 
 # What make test fuzzes: what a guest or a peer can reach in the running product, and guests that move.

@@ -68,6 +68,8 @@ type Options struct {
 	// started: ManagerName, AgentName of a node, or DeviceName. Without it
 	// that is the one of Artifacts.
 	Binary func(process string) string
+	// HugePages has the VMs' memory in pages of 2 MiB.
+	HugePages bool
 	// Machines, if set, makes machines of the lab's nodes, which agents and pods
 	// then run on. The Harness closes them.
 	Machines func(context.Context, *lab.Lab) (Machines, error)
@@ -422,6 +424,9 @@ func (h *Harness) createVM(ctx context.Context, name, mac string, ip netip.Prefi
 	v := &kubevirtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: Namespace}}
 	guest := resource.NewQuantity(memory<<20, resource.BinarySI)
 	v.Spec.Domain.Memory = &kubevirtv1.Memory{Guest: guest}
+	if h.o.HugePages {
+		v.Spec.Domain.Memory.Hugepages = &kubevirtv1.Hugepages{PageSize: "2Mi"}
+	}
 	v.Spec.Domain.CPU = &kubevirtv1.CPU{Cores: cores}
 	v.Spec.Domain.Firmware = &kubevirtv1.Firmware{KernelBoot: &kubevirtv1.KernelBoot{
 		KernelArgs: "console=ttyS0 panic=-1 mitigations=off compsc.ip=" + ip.String(),

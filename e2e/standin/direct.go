@@ -97,7 +97,7 @@ func (x *direct) start(_ context.Context, doc string, paused bool) error {
 // run starts QEMU.
 func (x *direct) run(doc string, more ...string) error {
 	cfg, p := x.standIn.cfg, x.pod
-	args, err := directArguments(doc)
+	args, err := directArguments(doc, cfg.KVM)
 	if err != nil {
 		return err
 	}
@@ -134,7 +134,7 @@ func (x *direct) run(doc string, more ...string) error {
 
 // directArguments are QEMU's for a domain: of the domain's own devices those that
 // have a console, a guest's agent and a monitor, and what the sidecar added.
-func directArguments(doc string) ([]string, error) {
+func directArguments(doc string, kvm bool) ([]string, error) {
 	d := &libvirtxml.Domain{}
 	if err := d.Unmarshal(doc); err != nil {
 		return nil, err
@@ -146,11 +146,20 @@ func directArguments(doc string) ([]string, error) {
 	size := fmt.Sprintf("%d%c", d.Memory.Value, d.Memory.Unit[0])
 	cmdline := strings.Replace(d.OS.Cmdline, "console=ttyS0", "console=ttyS0 quiet nokaslr tsc=reliable no_timer_check random.trust_cpu=on "+
 		"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog rcupdate.rcu_expedited=1", 1)
+	ram := "memory-backend-memfd,id=ram,share=on,size=" + size
+	if b.MemoryHugePages != nil {
+		ram += ",hugetlb=on,hugetlbsize=2M"
+	}
+	accel, cpu := "tcg", "qemu64"
+	if kvm {
+		// Without what a guest of this guest would need.
+		accel, cpu = "kvm", "host,-svm"
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,memory-backend=ram", "-accel", "tcg", "-cpu", "qemu64",
+		"-machine", "q35,memory-backend=ram", "-accel", accel, "-cpu", cpu,
 		"-smp", fmt.Sprint(d.VCPU.Value), "-m", size,
-		"-object", "memory-backend-memfd,id=ram,share=on,size=" + size,
+		"-object", ram,
 		"-kernel", d.OS.Kernel, "-initrd", d.OS.Initrd, "-append", cmdline,
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-serial", "unix:" + filepath.Join(ownDir, agentSocket) + ",server=on,wait=off",

@@ -19,7 +19,7 @@ func TestDirectArguments(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := directArguments(doc); err == nil {
+	if _, err := directArguments(doc, false); err == nil {
 		t.Error("a domain whose memory nobody can map is started")
 	}
 	d := &libvirtxml.Domain{}
@@ -34,11 +34,11 @@ func TestDirectArguments(t *testing.T) {
 	if doc, err = d.Marshal(); err != nil {
 		t.Fatal(err)
 	}
-	args, err := directArguments(doc)
+	args, err := directArguments(doc, true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, pair := range [][2]string{{"-accel", "tcg"}, {"-m", "256M"}, {"-smp", "1"}, {"-device", "the sidecar's"}, {"-kernel", d.OS.Kernel}} {
+	for _, pair := range [][2]string{{"-accel", "kvm"}, {"-m", "256M"}, {"-smp", "1"}, {"-device", "the sidecar's"}, {"-kernel", d.OS.Kernel}} {
 		if i := slices.Index(args, pair[0]); i < 0 || args[i+1] != pair[1] {
 			t.Errorf("no %s %s in %q", pair[0], pair[1], args)
 		}

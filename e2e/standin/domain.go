@@ -66,6 +66,11 @@ func domainXML(v *kubevirtv1.VirtualMachineInstance) (string, error) {
 	if m := v.Spec.Domain.Memory; m != nil && m.Guest != nil {
 		memory = m.Guest.Value() >> 20
 	}
+	if m := v.Spec.Domain.Memory; m != nil && m.Hugepages != nil {
+		d.MemoryBacking = &libvirtxml.DomainMemoryBacking{
+			MemoryHugePages: &libvirtxml.DomainMemoryHugepages{}, MemorySource: &libvirtxml.DomainMemorySource{Type: "memfd"},
+		}
+	}
 	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
 		cpus = uint(c.Cores)
 	}

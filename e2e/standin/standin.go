@@ -54,6 +54,8 @@ type Config struct {
 	// Compsc, QEMUTree, Kernel and Initrd are paths of theirs then, and QEMU runs
 	// without libvirt.
 	Machines Machines
+	// KVM has VMs run under the machines' KVM.
+	KVM bool
 	// Slow is what bounds are multiplied with where all is emulated; 0 is 1.
 	Slow int
 	// PodsDir is the directory of a node's pods, as the kubelet's.

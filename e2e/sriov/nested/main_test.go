@@ -22,8 +22,9 @@ import (
 const (
 	// family and deviceID are those of 82576 VFs.
 	family, deviceID = "igbvf", "8086:10ca"
-	// testTimeout bounds the whole test, on emulated processors.
-	testTimeout = 30 * time.Minute
+	// testTimeout bounds the whole test, bootTimeout the start of a guest and
+	// guestTimeout an answer of one, whose processor KVM has on an emulated one.
+	testTimeout, bootTimeout, guestTimeout = 8 * time.Minute, 4 * time.Minute, time.Minute
 )
 
 // rig is the node: its network and its VFs.

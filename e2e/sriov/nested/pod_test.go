@@ -45,11 +45,6 @@ const (
 	patience = 120_000
 	// callTimeout bounds a call of the device process that waits for nothing.
 	callTimeout = 30 * time.Second
-	// guestTimeout bounds an answer of the guest, whose processor is emulated by
-	// an emulated one.
-	guestTimeout = 3 * time.Minute
-	// bootTimeout bounds the start of a guest.
-	bootTimeout = 15 * time.Minute
 )
 
 // pod is what runs for a VM on one of the two sides: a VF, the device process
@@ -141,15 +136,11 @@ func (p *pod) startQEMU(incoming bool) {
 	unix := func(name string) map[string]string {
 		return map[string]string{"type": "unix", "path": filepath.Join(hooksDir, name)}
 	}
-	accel, cpu := "tcg", "qemu64"
-	if os.Getenv("COMPSC_KVM") != "" {
-		// Without what a guest of this guest would need.
-		accel, cpu = "kvm", "host,-svm"
-	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", accel, "-cpu", cpu, "-smp", "1", "-m", memory,
-		"-object", "memory-backend-memfd,id=ram,share=on,size=" + memory,
+		// Without what a guest of this guest would need.
+		"-machine", "q35,memory-backend=ram,graphics=off", "-accel", "kvm", "-cpu", "host,-svm", "-smp", "1", "-m", memory,
+		"-object", "memory-backend-memfd,id=ram,share=on,hugetlb=on,hugetlbsize=2M,size=" + memory,
 		"-kernel", domainDir + "/kernel", "-initrd", domainDir + "/initrd",
 		"-append", "console=ttyS0 quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog rcupdate.rcu_expedited=1 compsc.ip=" + p.lab.GuestIP().String(),
 		"-serial", "file:" + domainDir + "/console",

@@ -38,8 +38,11 @@ type Config struct {
 	QEMU string
 	// Kernel and Initrd are what the node boots.
 	Kernel, Initrd string
-	// Memory is in MiB.
-	Memory int
+	// Memory is in MiB, HugePages what of it is in pages of 2 MiB. The cards want
+	// them for a guest's memory: they drop a frame one of whose buffers is not in
+	// one piece in the node's memory (hw/net/net_tx_pkt.c,
+	// net_tx_pkt_add_raw_fragment_pci), as often as it is sent.
+	Memory, HugePages int
 	// KVM, if set, is a QEMU program to run the node with instead of the tree's,
 	// whose emulated processors KVM can use (hack/svm-qemu makes it).
 	KVM string
@@ -179,10 +182,9 @@ func place(from, to string) error {
 
 // arguments are those of QEMU; dir is the node's directory inside QEMU's root.
 func (c Config) arguments(dir string) []string {
-	cpu, more := "qemu64,+x2apic", ""
+	cpu := "qemu64,+x2apic"
 	if c.KVM != "" {
-		// Without huge pages the emulated nested paging has less to get wrong.
-		cpu, more = cpu+",+svm,+npt", " transparent_hugepage=never"
+		cpu += ",+svm,+npt"
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
@@ -194,7 +196,8 @@ func (c Config) arguments(dir string) []string {
 			// Ten ticks come late on a busy machine, and the kernel panics.
 			"no_timer_check " +
 			// What costs time and tests nothing here.
-			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1" + more,
+			"cryptomgr.notests audit=0 apparmor=0 selinux=0 nowatchdog random.trust_cpu=on rcupdate.rcu_expedited=1 " +
+			fmt.Sprintf("hugepages=%d", c.HugePages/2),
 		"-serial", "file:" + dir + "/console",
 		"-device", "virtio-serial-pci",
 		"-add-fd", "fd=3,set=1", "-chardev", "file,id=output,path=/dev/fdset/1,append=on", "-device", "virtserialport,chardev=output,name=" + job.OutputPort,

@@ -32,8 +32,8 @@ import (
 const (
 	// resource is what the nodes' device plugin calls the VFs.
 	resource = "compsc.io/vf"
-	// memory of a node is in MiB.
-	memory = 1280
+	// memory of a node is in MiB; hugePages, a part of it, is for its VM.
+	memory, hugePages = 1280, 128
 	// slow is about how many times longer things take in a node.
 	slow = 10
 
@@ -47,6 +47,9 @@ type Options struct {
 	Node artifacts.Node
 	// Compsc is the product's binary, Member that of e2e/sriov/member.
 	Compsc, Member string
+	// KVM is a QEMU program to run the VMs with, whose emulated processors KVM can
+	// use.
+	KVM string
 	// Kernel and Initrd are what the guests in the nodes boot.
 	Kernel, Initrd string
 	// VFs is how many each node's card has.
@@ -122,8 +125,8 @@ func (n *Nodes) boot(ctx context.Context, name string, number int) error {
 		return err
 	}
 	vm, err := node.Start(ctx, node.Config{
-		QEMU: n.o.Node.QEMU, Kernel: n.o.Node.Kernel, Initrd: n.o.Node.Initrd,
-		Memory: memory, Number: number, Wire: wire,
+		QEMU: n.o.Node.QEMU, KVM: n.o.KVM, Kernel: n.o.Node.Kernel, Initrd: n.o.Node.Initrd,
+		Memory: memory, HugePages: hugePages, Number: number, Wire: wire,
 		Files: map[string]string{"compsc": n.o.Compsc, "member": n.o.Member, "kernel": n.o.Kernel, "initrd": n.o.Initrd},
 		Job: job.Job{
 			Args: []string{filepath.Join(job.Dir, "member"), "serve", node.WireMACOf(number), address.String(), strconv.Itoa(n.o.VFs)},
@@ -212,7 +215,7 @@ func (n *Nodes) Configure(c *standin.Config) {
 	c.Compsc = n.Compsc
 	c.QEMUTree = job.TreeDir
 	c.Kernel, c.Initrd = filepath.Join(job.Dir, "kernel"), filepath.Join(job.Dir, "initrd")
-	c.Slow = slow
+	c.KVM, c.Slow = true, slow
 }
 
 // Look returns how the node is, as its kernel has it.

@@ -2,7 +2,7 @@
 // ended; go test takes it as -exec. An access that the node's IOMMU refused is
 // a failure too.
 //
-// Usage: run [-node DIRECTORY] [-memory MiB] [-kvm QEMU] [-console FILE] [-limit TIME] [-file NAME=PATH]... PROGRAM [ARGUMENT]...
+// Usage: run [-node DIRECTORY] [-memory MiB] [-hugepages MiB] [-kvm QEMU] [-console FILE] [-limit TIME] [-file NAME=PATH]... PROGRAM [ARGUMENT]...
 package main
 
 import (
@@ -36,6 +36,7 @@ func run() (int, error) {
 	c := node.Config{Files: map[string]string{}, Output: os.Stdout}
 	boots := flag.String("node", artifacts.StockNode, "what the node boots: a directory of the cache, below which are vmlinuz and initramfs.gz")
 	flag.IntVar(&c.Memory, "memory", 512, "memory of the node in MiB")
+	flag.IntVar(&c.HugePages, "hugepages", 0, "memory of the node in MiB that is for huge pages")
 	flag.StringVar(&c.KVM, "kvm", "", "give the node KVM, and run it with this QEMU (see hack/svm-qemu)")
 	flag.StringVar(&c.Console, "console", "", "file for the messages of the node's kernel")
 	limit := flag.Duration("limit", 10*time.Minute, "time after which the node is killed")
