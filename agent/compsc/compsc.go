@@ -298,6 +298,7 @@ func (v *VF) Kick() (vectors uint32) {
 	default:
 		v.b.Write(v.irq.CauseSet, vectors)
 	}
+	v.dropped = false // once is enough
 	return vectors
 }
 
@@ -305,9 +306,7 @@ func (v *VF) Kick() (vectors uint32) {
 // interrupt: of the mailbox, or that the link is down, of which a driver that
 // takes it for up does not find out by itself.
 func (v *VF) news() bool {
-	dropped := v.dropped
-	v.dropped = false
-	return dropped || v.mail.readClear != 0 || v.b.Read(v.linkReg)&v.linkBit == 0
+	return v.dropped || v.mail.readClear != 0 || v.b.Read(v.linkReg)&v.linkBit == 0
 }
 
 // current is the register as the guest shall see it.

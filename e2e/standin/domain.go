@@ -63,12 +63,14 @@ func domainXML(v *kubevirtv1.VirtualMachineInstance) (string, error) {
 		return "", err
 	}
 	memory, cpus := int64(defaultMemory), uint(defaultCPUs)
-	if m := v.Spec.Domain.Memory; m != nil && m.Guest != nil {
-		memory = m.Guest.Value() >> 20
-	}
-	if m := v.Spec.Domain.Memory; m != nil && m.Hugepages != nil {
-		d.MemoryBacking = &libvirtxml.DomainMemoryBacking{
-			MemoryHugePages: &libvirtxml.DomainMemoryHugepages{}, MemorySource: &libvirtxml.DomainMemorySource{Type: "memfd"},
+	if m := v.Spec.Domain.Memory; m != nil {
+		if m.Guest != nil {
+			memory = m.Guest.Value() >> 20
+		}
+		if m.Hugepages != nil {
+			d.MemoryBacking = &libvirtxml.DomainMemoryBacking{
+				MemoryHugePages: &libvirtxml.DomainMemoryHugepages{}, MemorySource: &libvirtxml.DomainMemorySource{Type: "memfd"},
+			}
 		}
 	}
 	if c := v.Spec.Domain.CPU; c != nil && c.Cores > 0 {
